@@ -217,7 +217,8 @@ def _targets(target, logits: Tensor) -> Tensor:
     batch, classes = logits.shape
     if target is None:
         return logits.detach().argmax(1)
-    chosen = torch.as_tensor(target, device=logits.device)
+    chosen = torch.tensor(target) if not isinstance(target, Tensor) else target
+    chosen = chosen.to(logits.device)
     if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.ndim > 1:
         raise ValueError(
             f"target={target!r} must be a class index, one index per image, or None for the predicted class."
@@ -648,12 +649,28 @@ def _scan(folder: Path) -> list[tuple]:
         beside = [folder / name / file.relative_to(folder).with_suffix(".png") for name in ("masks", "twins")]
         mask, twin = (str(p) if p.is_file() else "" for p in beside)
         rows.append((file.relative_to(folder).with_suffix("").as_posix(), split, label, str(file), mask, twin))
+    if len({row[2] for row in rows}) == 1:  # one name for all, such as a folder called "photos", tells no classes apart
+        rows = [(*row[:2], "", *row[3:]) for row in rows]
     return rows
 
 
 def dataset_folder(repo: Path, data_dir: str, dataset: str) -> Path:
     """Where the data set of the parameters lies: data_dir/synthetic for the synthetic one, else the given folder."""
     return Path(repo) / data_dir / dataset if dataset == "synthetic" else (Path(repo) / Path(dataset).expanduser())
+
+
+def split_rows(frame, split: str):
+    """The rows of a split, "val" or "test", for choosing and for measuring.
+
+    A set without splits and with 40 or more images is halved by the hash of each file, so a file stays on its side
+    when others are added. A smaller one has no validation rows (an empty table) and all of it is for measuring.
+    """
+    if (frame["split"] == split).any() or (frame["split"] != "all").all():
+        return frame[frame["split"] == split].reset_index(drop=True)
+    if len(frame) < 40:
+        return frame if split == "test" else frame.iloc[:0]
+    odd = np.array([int(sha256(f)[:8], 16) % 2 == 1 for f in frame["file"]])
+    return frame[odd == (split == "test")].reset_index(drop=True)
 
 
 def subset(frame, n: int, seed: int):
@@ -778,8 +795,8 @@ def overlay(
             f"cam must be a map (h, w) in [0, 1]; got shape {cam.shape}, values from {cam.min()} to {cam.max()}."
         )
     cam = cv2.resize(cam, (pixels.shape[1], pixels.shape[0]), interpolation=cv2.INTER_LINEAR)
-    colours = matplotlib.colormaps[colormap](cam)[..., :3] * 255
-    return ((1 - opacity) * pixels + opacity * colours).round().astype(np.uint8)
+    colours = matplotlib.colormaps[colormap](cam, bytes=True)[..., :3]
+    return cv2.addWeighted(np.ascontiguousarray(pixels), 1 - opacity, np.ascontiguousarray(colours), opacity, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- 8 method_maps
@@ -1159,14 +1176,16 @@ def verdict(row: Mapping, p_column: str = "p") -> str:
     name, reference, metric = label(row["method"]), label("grad_cam"), str(row["metric"]).replace("_", " ")
     if row["identical"]:
         return f"{name}: {metric} identical to {reference} on all {row['n']} images."
-    if np.isnan(row["low"]) or not (row["low"] > 0 or row["high"] < 0) or not row[p_column] < 0.05:
+    if np.isnan(row["low"]):
+        return f"{name}: {metric}, too few images to test (n = {row['n']}, difference {row['difference']:+.4f})."
+    if not (row["low"] > 0 or row["high"] < 0) or not row[p_column] < 0.05:
         return f"{name}: {metric}, no difference to {reference} shown at n = {row['n']} ({_difference(row, p_column)})."
     word = "better" if (row["difference"] > 0) != (row["metric"] in LOWER_IS_BETTER) else "worse"
     return f"{name}: {metric} {word} than {reference} ({_difference(row, p_column)}, n = {row['n']})."
 
 
 def _difference(row: Mapping, p_column: str) -> str:
-    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], p = {row[p_column]:.2g}"
+    return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p = {row[p_column]:.2g}"
 
 
 # -------------------------------------------------------------------------------------------------- 12 runs and figures
@@ -1201,6 +1220,7 @@ def save_figure(fig, path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     fig.savefig(path, metadata={"Software": None, "Run": RUN_ID})
+    fig.set_layout_engine("none")  # the layout is settled; the inline picture need not compute it again
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         sys.modules["IPython"].display.display(fig)
     plt.close(fig)
@@ -1234,7 +1254,7 @@ def panel(ax, image, cam=None, mask=None, title: str = "", opacity: float = 0.5)
     ax.imshow(pixels if cam is None else overlay(pixels, cam, opacity), cmap="gray" if pixels.ndim == 2 else None)
     if mask is not None:
         shape = np.asarray(mask).astype(np.uint8)
-        for contour in cv2.findContours(shape, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]:
+        for contour in cv2.findContours(shape, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]:
             closed = np.vstack([contour[:, 0], contour[:1, 0]])
             ax.plot(*closed.T, color="black", linewidth=2.2)
             ax.plot(*closed.T, color="white", linewidth=1.0)

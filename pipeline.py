@@ -1,0 +1,300 @@
+"""Run the notebooks in order through papermill, and put the results in place once all of them have succeeded.
+
+Parameters are checked against what the notebooks declare before the first one starts. A run writes into a fresh folder
+beside its target (results/default.unfinished-PID), which takes the target's place at the end in one step. With --only
+and --from the results of the other notebooks are kept, except of those that read what is made anew: 01 feeds all the
+others, 04 feeds 05. manifest.json tells the run and the parameters behind each notebook's results. Files that you name
+are looked for where you stand, then in the repository; a relative results folder lies in the repository.
+Exit codes: 0 done, 1 a notebook failed, 2 refused before the first notebook started, 130 or 143 stopped by a signal.
+"""
+import argparse
+import ast
+import ctypes
+import difflib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent
+READERS = {"01": ("02", "03", "04", "05"), "04": ("05",)}  # which notebooks read what a notebook writes
+TYPES = {  # what a value of a type is called, what it looks like, and how it is read; all the rest is text
+    "None": ("none", r"none|null", lambda word: None),
+    "bool": ("true or false", r"true|false", lambda word: word == "true"),
+    "int": ("a whole number", r"[+-]?\d+", int),
+    "float": ("a number", r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", float),
+}
+LEAST = {"n_train": 5, "n_val": 5, "n_test": 5, "n_images": 0, "steps": 1, "batch_size": 1, "threads": 0, "seed": 0}
+ALLOWED = {  # what is allowed beyond the type: in words, and as a test of the value
+    "alpha": ("auto, or a number from 0 to 1", lambda v: v == "auto" or not isinstance(v, str) and 0 <= v <= 1),
+    "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)),
+    "precision": ("float32 or bf16", lambda v: v in ("float32", "bf16")),
+    "baseline": ("one or more of twin,rise,black", lambda v: set(v.split(",")) <= {"twin", "rise", "black"}),
+    "dataset": ("synthetic, or an existing folder", lambda v: v == "synthetic" or Path(v).is_dir()),
+    "weights": ("auto, imagenet, or an existing .pth file",
+                lambda v: v in ("auto", "imagenet") or v.endswith(".pth") and Path(v).is_file()),
+    **{name: (f"a whole number, {low} or more", lambda v, low=low: v >= low) for name, low in LEAST.items()},
+}
+
+
+def refuse(message):
+    print(f"run_all.sh: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_cells(path):
+    return [cell | {"source": "".join(cell["source"])} for cell in json.loads(path.read_text("utf-8"))["cells"]]
+
+
+def declared(path):
+    """The parameters a notebook declares, {name: (types, default)}; papermill's own inspector drops unions."""
+    try:
+        sources = [cell["source"] for cell in read_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+        if len(sources) != 1:
+            raise ValueError(f"{len(sources)} cells are tagged 'parameters', there must be exactly one")
+        found = {}
+        for line in ast.parse(sources[0]).body:
+            types = [part.strip() for part in ast.unparse(getattr(line, "annotation", line)).split("|")]
+            if not isinstance(line, ast.AnnAssign) or line.value is None or not set(types) <= {*TYPES, "str"}:
+                raise ValueError(f"not a parameter of the form `name: type = literal`: {ast.unparse(line)}")
+            found[line.target.id] = (types, ast.literal_eval(line.value))
+        return found
+    except (ValueError, KeyError, SyntaxError) as error:
+        refuse(f"{path.name}: {error}")
+
+
+def located(value):
+    """An existing path made absolute, looked for where the user stands and then in the repository."""
+    paths = [base / Path(value).expanduser() for base in (Path.cwd(), ROOT)]
+    return next((str(path.resolve()) for path in paths if path.exists()), value)
+
+
+def parse(name, types, value, source):
+    """A word of the command line or a scalar of a YAML file as the type declared; ends the run if it is not allowed."""
+    words, test = ALLOWED.get(name, (" or ".join(TYPES.get(kind, ["text"])[0] for kind in types), lambda v: True))
+    word = value.strip().lower() if isinstance(value, str) else json.dumps(value, default=str)
+    readings = [read(word) for kind, (_, look, read) in TYPES.items() if kind in types and re.fullmatch(look, word)]
+    if "str" in types and isinstance(value, str):
+        is_file = name in ("dataset", "weights") and value not in ("synthetic", "auto", "imagenet")
+        readings.append(located(value) if is_file else value)
+    if not readings or not test(readings[0]):
+        refuse(f"{source}: {name} cannot be {value!r}. Allowed: {words}.")
+    return readings[0]
+
+
+def read_given(args):
+    """The parameters the user gave, {name: (value, source)}; the command line wins over the file."""
+    try:
+        content = yaml.safe_load(Path(located(args.f)).read_text("utf-8")) if args.f else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        refuse(f"-f {args.f}: {error}")
+    if not isinstance(content, dict):
+        refuse(f"-f {args.f}: a parameter file holds lines of the form `name: value`.")
+    from_file = {str(name): (value, f"-f {args.f}") for name, value in content.items()}
+    return from_file | {name: (value, "-p") for name, value in args.p}
+
+
+def settle(given, specs, chosen):
+    """The parameters of every notebook, {notebook: {name: value}}; ends the run if one is unknown or not allowed."""
+    names = sorted({name for spec in specs.values() for name in spec} - {"root"} | {"results_dir"})
+    for name, (_, source) in given.items():
+        if name not in names:
+            near = "".join(difflib.get_close_matches(name, names, 1, 0))
+            refuse(f"{source}: there is no parameter {name!r}. Nearest: {near}. All: {', '.join(names)}.")
+        if source == "-p" and name != "results_dir" and not any(name in specs[stem] for stem in chosen):
+            refuse(f"-p: {name} would have no effect, none of these declares it: {', '.join(chosen)}.")
+    return {stem: {name: parse(name, types, *given[name]) if name in given else default
+                   for name, (types, default) in spec.items() if name not in ("root", "results_dir")}
+            for stem, spec in specs.items()}
+
+
+def select(stems, only, start):
+    """The notebooks to run: all, or those with the numbers given, or that one and all after it."""
+    numbers = {word.strip().zfill(2) for word in (start or only).split(",")} if (start, only) != (None, None) else set()
+    found = [stem for stem in stems if stem[:2] in numbers]
+    if len(found) != len(numbers) or not stems:
+        refuse(f"there is no notebook {start or only}, only {', '.join(stems)}.")
+    return stems[stems.index(found[0]):] if start else found or stems
+
+
+def run_id(parameters, notebooks):
+    """12 hex digits of all that determines the results: parameters, cells, core, requirements, weights."""
+    cells = [[cell["source"] for cell in read_cells(path)] for path in notebooks.values()]
+    files = {ROOT / "cam_core.py", ROOT / "requirements.txt", *(ROOT / "data/checkpoints").glob("*.pth")}
+    files |= {Path(values["weights"]) for values in parameters.values() if "weights" in values}
+    hashes = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())
+    return hashlib.sha256(json.dumps([parameters, cells, hashes], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def manifest_of(folder):
+    """The manifest of a folder that a run made; {} for any other."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return manifest if "run" in manifest and "files" in manifest else {}
+
+
+def claim(target):
+    """Hold `target` for this process, and clear away what dead runs left beside it. Returns the lock, to be kept."""
+    if target in (ROOT / "results", ROOT, *ROOT.parents) or os.path.ismount(target):
+        refuse(f"results_dir: {target} is not the folder of one run; name one inside it.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.with_name(f".{target.name}.lock"), "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        refuse(f"another run is writing {target}. Wait for it, or give another --results-dir.")
+    except OSError as error:
+        refuse(f"results_dir: {error}")
+    for path in [p for p in target.parent.glob("*.unfinished-*") if p.stem == target.name and p.suffix[12:].isdigit()]:
+        if manifest_of(path) and not target.exists():  # killed between the two renames of put_in_place
+            path.rename(target)
+        else:
+            shutil.rmtree(path)
+    if target.exists() and not manifest_of(target) and (target.is_file() or any(target.iterdir())):
+        refuse(f"results_dir: {target} was not made by a run (no manifest.json), so it is not replaced.")
+    return lock
+
+
+def put_in_place(fresh, target):
+    """Make the finished folder the target: in one step where the system can, else in two, which `claim` mends."""
+    target.mkdir(exist_ok=True)
+    swap = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)  # Linux has it
+    if swap(-100, os.fsencode(fresh), -100, os.fsencode(target), 2) != 0:  # AT_FDCWD, RENAME_EXCHANGE
+        fresh, _ = target.rename(target.with_name(f"{target.name}.unfinished-0")), fresh.rename(target)
+    shutil.rmtree(fresh)
+
+
+def hashes(top):
+    return {str(p.relative_to(top)): hashlib.sha256(p.read_bytes()).hexdigest() for p in top.rglob("*") if p.is_file()}
+
+
+def circumstances():
+    """Commit (None outside git), packages and machine, for the manifest."""
+    words = "git --git-dir=.git describe --always --dirty --abbrev=40 --exclude=*" if shutil.which("git") else "true"
+    commit = subprocess.run(words.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    pins = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text("utf-8"), re.M)
+    return {"commit": commit.removesuffix("-dirty") or None, "dirty": commit.endswith("-dirty") if commit else None,
+            "packages": {name: importlib.metadata.version(name) for name in pins},
+            "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+
+
+def prepare_kernels(folder, run):
+    """Kernels inherit this environment: this interpreter, and nobody's own kernels, start-up files or plot settings."""
+    from ipykernel.kernelspec import write_kernel_spec
+    logging.disable()  # papermill's doubts about parameters whose types it cannot read, asyncio's about a stopped run
+    write_kernel_spec(folder / "kernels/python3", extra_arguments=["--log-level=CRITICAL"])
+    for name in [name for name in os.environ if name.startswith(("MPLB", "MATPLOTLIBRC"))]:
+        del os.environ[name]
+    os.environ.update(HYBRID_CAM_RUN=run, PYTHONHASHSEED="0", JUPYTER_PATH=str(folder), IPYTHONDIR=f"{folder}/ipython")
+
+
+def execute(path, output, parameters):
+    """Run one notebook; SystemExit with the cell, its source and the error if it does not come to its end."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    names = [str(name).replace("{", "{{").replace("}", "}}") for name in (path, output)]  # papermill formats them
+    options = {"kernel_name": "python3", "language": "python", "cwd": ROOT, "start_timeout": 300}
+    options["progress_bar"] = sys.stderr.isatty() and {"desc": path.stem, "unit": "cell", "leave": False}
+    try:
+        notebook = papermill.execute_notebook(*names, parameters, **options)
+        if all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()):
+            return
+        number, source, message = "?", "", "It ended itself before its last cell."
+    except papermill.PapermillExecutionError as error:
+        frames = [re.sub(r"\x1b\[[\d;]*m", "", text) for text in error.traceback]
+        source = next((text for text in frames if text.startswith("Cell In")), error.source)
+        number, message = error.exec_count, f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        begun = [c["source"] for c in read_cells(output) if "outputs" in c and c["metadata"]["papermill"]["start_time"]]
+        number, source = len(begun), begun[-1]
+        message = "The kernel died: most likely out of memory (a smaller batch_size or n_images needs less)."
+    lines = [f"{path.stem} failed in cell [{number}]:", *source.splitlines()[:12], *message.splitlines()[:20]]
+    raise SystemExit("\n    ".join(lines) + f"\nExecuted so far: {output}. The present results are as they were.")
+
+
+def finish(path, run, *renamed):
+    """Stamp an executed notebook with its run, let its paths point to the target, and write it as HTML too."""
+    from nbconvert import HTMLExporter
+    content = json.loads(path.read_text("utf-8").replace(*renamed))
+    content["metadata"]["hybrid_cam_run"] = run
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    html, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(path))
+    path.with_suffix(".html").write_text(f"{html}<!-- run {run} -->\n", "utf-8")
+
+
+def run_all(args):
+    """Check everything, run the notebooks, put the results in place."""
+    notebooks = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    specs = {stem: declared(path) for stem, path in notebooks.items()}
+    chosen, given, begin = select(list(notebooks), args.only, args.start), read_given(args), time.monotonic()
+    parameters = settle(given, specs, chosen)
+    results_dir = Path(parse("results_dir", ["str"], *given.get("results_dir", ("results/default", "default"))))
+    target, run = (ROOT / results_dir.expanduser()).resolve(), run_id(parameters, notebooks)
+    _lock, fresh = claim(target), target.with_name(f"{target.name}.unfinished-{os.getpid()}")
+    (fresh / "notebooks").mkdir(parents=True)
+    stale = {*chosen, *(stem for stem in notebooks for made in chosen if stem[:2] in READERS.get(made[:2], ()))}
+    present = manifest_of(target) or {"notebooks": {}, "files": {}}
+    entries = {stem: entry for stem, entry in present["notebooks"].items() if stem not in stale}
+    owners = {name: file["notebook"] for name, file in present["files"].items() if file["notebook"] in entries}
+    for name in filter(lambda name: (target / name).is_file(), owners):
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(target / name, fresh / name)
+    manifest = {"run": run, **circumstances(), "notebooks": entries}
+    print(f"Run {run} into {target}" + (f", beside the results of {', '.join(entries)}" if entries else ""), flush=True)
+    prepare_kernels(fresh / ".kernel", run)
+    for count, stem in enumerate(chosen, 1):
+        print(f"[{count}/{len(chosen)}] {stem}", flush=True)
+        before, start, output = hashes(fresh), time.monotonic(), fresh / "notebooks" / f"{stem}.ipynb"
+        values = {name: value for name, value in parameters[stem].items() if name in given}
+        values |= {name: str(path) for name, path in (("root", ROOT), ("results_dir", fresh)) if name in specs[stem]}
+        execute(notebooks[stem], output, values)
+        entries[stem] = {"run": run, "parameters": parameters[stem], "seconds": round(time.monotonic() - start, 1)}
+        print(f"      {entries[stem]['seconds']} s", flush=True)
+        finish(output, run, fresh.name, target.name)
+        owners |= {name: stem for name, digest in hashes(fresh).items() if before.get(name) != digest}
+    shutil.rmtree(fresh / ".kernel")
+    manifest["files"] = {name: {"notebook": owners[name], "bytes": (fresh / name).stat().st_size, "sha256": digest}
+                         for name, digest in hashes(fresh).items()}
+    (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
+    put_in_place(fresh, target)
+    first = ("report.html", f"notebooks/{chosen[-1]}.html", "summary.csv", "figures")
+    print(f"Done in {time.monotonic() - begin:.0f} s: {len(manifest['files'])} files in {target}. Look first at",
+          *(f"  {target / name}" for name in first if (target / name).exists()), sep="\n")
+
+
+def stop(number, frame):
+    os.write(2, f"Stopped by signal {number}; nothing unfinished was put in place.\n".encode())
+    sys.exit(128 + number)
+
+
+def main():
+    parser = argparse.ArgumentParser("./run_all.sh", None, __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument("-f", metavar="FILE", help="a YAML file of parameters, as params/smoke.yaml; -p wins over it")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--only", metavar="NN[,NN]", help="run these notebooks only, such as 04,05")
+    part.add_argument("--from", dest="start", metavar="NN", help="run this notebook and those after it")
+    parser.add_argument("--results-dir", dest="p", action="append", type=lambda value: ("results_dir", value),
+                        metavar="DIR", help="the same as -p results_dir DIR: where the results go (results/default)")
+    args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    run_all(args)
+
+
+if __name__ == "__main__":
+    main()
