@@ -31,9 +31,11 @@ import re
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +107,12 @@ def capture(
     are not finite.
     """
     model = _unwrap(model)
-    names = [layers] if isinstance(layers, str) else list(dict.fromkeys(layers))
+    names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list | tuple) else [layers]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"layers={layers!r} must be dotted module names, such as 'layer4', not modules or other objects."
+        )
+    names = list(dict.fromkeys(names))
     modules = dict(model.named_modules())
     _check_input(model, x)
     if not names:
@@ -135,7 +142,7 @@ def capture(
         return hook
 
     with _borrowed(model, {name: keep(name) for name in names}):
-        logits = _logits(model(x.clone() if x.is_inference() else x.detach()))
+        logits = _logits(model(x.detach().clone()))  # a copy, as a first layer may work in place
         for name in names:
             if name not in outputs:
                 raise ValueError(
@@ -164,29 +171,38 @@ def capture(
 
 
 @contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode; afterwards each in its own."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False  # not .eval(), which a model may override
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@contextmanager
 def _borrowed(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
     """The model in eval mode, frozen, with forward hooks by layer name and autograd on; afterwards as it was, whatever
     happened.
     """
     modules = dict(model.named_modules())
-    modes = [(m, m.training) for m in modules.values()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     handles = []
     try:
-        for m in modules.values():
-            m.training = False  # not .eval(), which a model may override
         for p in trainable:
             p.requires_grad_(False)
-        handles = [modules[name].register_forward_hook(hook) for name, hook in hooks.items()]
-        with torch.inference_mode(False), torch.enable_grad():
+        for name, hook in hooks.items():
+            handles.append(modules[name].register_forward_hook(hook))
+        with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
         for p in trainable:
             p.requires_grad_(True)
-        for m, training in modes:
-            m.training = training
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -217,8 +233,11 @@ def _targets(target, logits: Tensor) -> Tensor:
     batch, classes = logits.shape
     if target is None:
         return logits.detach().argmax(1)
-    chosen = torch.tensor(target) if not isinstance(target, Tensor) else target
-    chosen = chosen.to(logits.device)
+    try:
+        chosen = target.clone() if isinstance(target, Tensor) else torch.tensor(target)
+        chosen = chosen.to(logits.device)
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.empty(0, 0)  # refused below
     if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.ndim > 1:
         raise ValueError(
             f"target={target!r} must be a class index, one index per image, or None for the predicted class."
@@ -352,7 +371,7 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
     The formula with alpha = 0.7 at one common layer is from hirthickraj2015, Grad-Cam_Analysis_of_Cnn_Decisions; see
     PROTOCOL in the README.
     """
-    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+    if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second.")
     if size is None and a.shape != b.shape:
         raise ValueError(
@@ -438,7 +457,7 @@ def _load_checkpoint(arch: str, file: Path) -> tuple[nn.Module, dict]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here; all mean: not a file of tensors
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"weights={file} is not a PyTorch file of plain tensors ({reason}).") from None
     inside = next(
         (content[k] for k in ("model_state_dict", "state_dict") if isinstance(content, dict) and k in content), content
@@ -448,11 +467,29 @@ def _load_checkpoint(arch: str, file: Path) -> tuple[nn.Module, dict]:
             f"weights={file} holds no state dict: expected tensors by name, or a 'model_state_dict' entry."
         )
     state = {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in inside.items()}
+    state = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", k): v for k, v in state.items()
+    }  # older DenseNets
     extra = {k: v for k, v in content.items() if inside is not content and v is not inside}
     own = extra.get("arch", arch)
     if own != arch:
         raise ValueError(f"weights={file} was saved for arch={own!r}, not {arch!r}. Give arch={own}.")
-    model = torchvision.models.get_model(arch, weights=None, num_classes=len(list(state.values())[-1]))
+    head = list(state.values())[-1]
+    if head.ndim == 0:
+        raise ValueError(
+            f"weights={file} does not end in a classifier but in {list(state)[-1]!r}: its head is missing."
+        )
+    classes = len(head)
+    model = torchvision.models.get_model(arch, weights=None, num_classes=classes)
+    if classes == 1000 and hasattr(model, "transform_input"):
+        model.transform_input = (
+            True  # torchvision's GoogLeNet and Inception were trained on inputs scaled in another way
+        )
+    for name, buffer in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(
+                name, buffer
+            )  # files from before torch 0.4.1 have no such counters, and nothing reads them
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in state.items()}
     if expected != found:
@@ -467,7 +504,6 @@ def _load_checkpoint(arch: str, file: Path) -> tuple[nn.Module, dict]:
         ]
         raise ValueError(f"weights={file} does not fit arch={arch}. {'; '.join(parts)}.")
     model.load_state_dict(state)
-    classes = len(list(state.values())[-1])
     names = list(
         extra.get("class_names") or (imagenet_classes() if classes == 1000 else [f"class {k}" for k in range(classes)])
     )
@@ -501,7 +537,7 @@ def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
     """
     model = _unwrap(model)
     _check_input(model, x)
-    x = x[:1].clone() if x.is_inference() else x[:1].detach()
+    x = x[:1].detach().clone()
     runs: list[tuple[str, int]] = []  # name and height of what came out, in order of execution
     often: dict[str, int] = {}
     pooled: list = []  # the outputs themselves: a container that ends in pooling hands on the same object
@@ -517,7 +553,8 @@ def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
                 last = len(runs)
             spatial = isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1
             hands_on = isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-            if spatial and not hands_on and not any(output is p for p in pooled):
+            wide = spatial and abs(output.shape[2] * x.shape[3] - output.shape[3] * x.shape[2]) <= max(x.shape[2:])
+            if wide and not hands_on and not any(output is p for p in pooled):
                 runs.append((name, output.shape[2]))
 
         return hook
@@ -542,7 +579,7 @@ def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
     the input.
     """
     with _borrowed(model, {layer: lambda module, args, output: output.detach()}):
-        return not _logits(model(x.clone().requires_grad_())).requires_grad
+        return not _logits(model(x.clone().requires_grad_().clone())).requires_grad
 
 
 def resolve_layers(model: nn.Module, x: Tensor, layer: str = "auto", shallow_layer: str = "auto") -> tuple[str, str]:
@@ -565,16 +602,18 @@ def read_image(file: str | Path) -> Image.Image:
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-            image.load()
     except FileNotFoundError:
         raise ValueError(f"image: there is no file {file}.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image: {file} cannot be read ({error}).") from None
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image, dtype=np.float64)
-        return Image.fromarray(
-            (grey / max(grey.max(), 65535 if image.mode.startswith("I") else 1) * 255).astype(np.uint8)
-        ).convert("RGB")
+        if not (grey.min() >= 0 and grey.max() < np.inf):
+            raise ValueError(
+                f"image: {file} has grey values from {grey.min()} to {grey.max()}; scale them to 0 and more."
+            )
+        full = max(grey.max(), 65535 if image.mode.startswith("I") else 1)
+        image = Image.fromarray((grey / full * 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -616,6 +655,7 @@ def read_dataset(folder: str | Path, split: str | None = None):
         frame = pd.read_csv(folder / "manifest.csv", keep_default_na=False, dtype={"id": str})
         for column in [c for c in frame if c in ("file", "mask", "hull", "twin", "mask_b")]:
             frame[column] = [str(folder / name) if name else "" for name in frame[column]]
+        frame = frame.sort_values("id", kind="stable")
     elif folder.is_dir():
         frame = pd.DataFrame(_scan(folder), columns=["id", "split", "label", "file", "mask", "twin"])
     else:
@@ -641,14 +681,17 @@ def _scan(folder: Path) -> list[tuple]:
     ]
     numbered = [re.fullmatch(r"(.+)_(\d+)", p.stem) for p, _ in kept]
     named = bool(kept) and all(numbered) and len({m[1] for m in numbered}) > 1  # IMG_0001, IMG_0002 ... are no labels
+    stems = [p.relative_to(folder).with_suffix("").as_posix() for p, _ in kept]
+    often = Counter(stems)
     rows = []
-    for (file, part), match in zip(kept, numbered, strict=True):
+    for (file, part), match, stem in zip(kept, numbered, stems, strict=True):
         split = part[0] if part[0] in ("train", "val", "test") and len(part) > 1 else "all"
         inner = part[1:-1] if split != "all" else part[:-1]
         label = inner[0] if inner else match[1] if named else ""
         beside = [folder / name / file.relative_to(folder).with_suffix(".png") for name in ("masks", "twins")]
         mask, twin = (str(p) if p.is_file() else "" for p in beside)
-        rows.append((file.relative_to(folder).with_suffix("").as_posix(), split, label, str(file), mask, twin))
+        image_id = stem if often[stem] == 1 else f"{stem}{file.suffix}"
+        rows.append((image_id, split, label, str(file), mask, twin))
     if len({row[2] for row in rows}) == 1:  # one name for all, such as a folder called "photos", tells no classes apart
         rows = [(*row[:2], "", *row[3:]) for row in rows]
     return rows
@@ -665,12 +708,13 @@ def split_rows(frame, split: str):
     A set without splits and with 40 or more images is halved by the hash of each file, so a file stays on its side
     when others are added. A smaller one has no validation rows (an empty table) and all of it is for measuring.
     """
-    if (frame["split"] == split).any() or (frame["split"] != "all").all():
-        return frame[frame["split"] == split].reset_index(drop=True)
-    if len(frame) < 40:
-        return frame if split == "test" else frame.iloc[:0]
-    odd = np.array([int(sha256(f)[:8], 16) % 2 == 1 for f in frame["file"]])
-    return frame[odd == (split == "test")].reset_index(drop=True)
+    named, loose = frame[frame["split"] == split], frame[frame["split"] == "all"]
+    if not named.empty or (frame["split"] != "all").any():
+        return named.reset_index(drop=True)
+    if len(loose) < 40:
+        return loose if split == "test" else loose.iloc[:0]
+    odd = np.array([int(sha256(f)[:8], 16) % 2 == 1 for f in loose["file"]])
+    return loose[odd == (split == "test")].reset_index(drop=True)
 
 
 def subset(frame, n: int, seed: int):
@@ -696,16 +740,17 @@ def load_masks(frame, column: str = "mask", size: int = 224) -> Tensor:
             raise ValueError(f"image {row_id} has no {column}: keep only rows that have one.")
         mask = np.asarray(read_image(file).convert("L").resize((size, size), Image.Resampling.NEAREST)) > 127
         if not mask.any():
-            raise ValueError(f"the {column} of image {row_id} is empty ({file}).")
+            raise ValueError(f"the {column} of image {row_id} is empty ({file}); what counts are values above 127.")
         masks.append(mask)
     return torch.from_numpy(np.stack(masks))
 
 
 def safe_name(image_id: str) -> str:
     """An image's id as a file name: everything but letters, digits, `.`, `+`, `-` becomes `_`, so it stays in its
-    folder.
+    folder, and a checksum follows where anything changed, so two ids never share a name.
     """
-    return re.sub(r"[^\w.+-]", "_", str(image_id)).lstrip(".") or "_"
+    name = re.sub(r"[^\w.+-]", "_", str(image_id)).lstrip(".") or "_"
+    return name if name == str(image_id) else f"{name}-{zlib.crc32(str(image_id).encode()):08x}"
 
 
 # --------------------------------------------------------------------------------------------------- 7 explain, overlay
@@ -744,6 +789,8 @@ def explain(
     the size of the model's input; `overlay` fits it to the photograph. Raises ValueError for an unknown method, and
     what `capture` and `hybrid` raise.
     """
+    if not isinstance(image, str | Path | Image.Image | Tensor):
+        raise ValueError(f"image must be a path, a PIL image or a tensor; got {type(image).__name__}.")
     if isinstance(image, Tensor):
         x = image[None] if image.ndim == 3 else image
     else:
@@ -868,14 +915,14 @@ def _generator(seed: int, image_id: str, stream: int) -> np.random.Generator:
 
 @torch.inference_mode()
 def probabilities(model: nn.Module, x: Tensor, batch_size: int = 32, precision: str = "float32") -> Tensor:
-    """softmax(model(x)) in batches: (B, K) float32. precision: "float32" or "bf16" (autocast)."""
+    """softmax(model(x)) in batches and in eval mode: (B, K) float32. precision: "float32" or "bf16" (autocast)."""
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision={precision!r} must be 'float32' or 'bf16'.")
     device = next(model.parameters(), x).device
     rows = []
-    for part in x.split(batch_size):
-        part = part.to(device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with _eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for part in x.split(batch_size):
+            part = part.to(device).contiguous(memory_format=torch.channels_last)
             rows.append(_logits(model(part)).float().softmax(1))
     return torch.cat(rows)
 
@@ -917,6 +964,8 @@ def pixel_order(maps: Tensor, ids: Sequence[str], seed: int = 0) -> Tensor:
     image, the same for every method, so a flat region is visited in random order and not from its upper left corner.
     """
     flat = maps.flatten(1)
+    if len(ids) != len(flat):
+        raise ValueError(f"ids has {len(ids)} entries for {len(flat)} maps: give one id for each image.")
     shuffle = np.stack([_generator(seed, i, 2).permutation(flat.shape[1]) for i in ids])
     shuffle = torch.from_numpy(shuffle).to(maps.device)
     return shuffle.gather(1, torch.argsort(flat.gather(1, shuffle), dim=1, descending=True, stable=True))
@@ -1099,6 +1148,7 @@ def average_precision(maps: Tensor, masks: Tensor) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- 11 statistics
 
 LOWER_IS_BETTER = {"deletion"}
+ROUNDING = 1e-6  # what float32 arithmetic in another order may change; a difference below it is none
 
 
 def compare(metrics, reference: str = "grad_cam", seed: int = 0, resamples: int = 10_000):
@@ -1115,7 +1165,7 @@ def compare(metrics, reference: str = "grad_cam", seed: int = 0, resamples: int 
     from scipy.stats import binomtest, bootstrap, permutation_test
 
     rows = []
-    for (metric, baseline), part in metrics.groupby(["metric", "baseline"], sort=False):
+    for (metric, baseline), part in metrics.groupby(["metric", "baseline"], sort=False, dropna=False):
         wide = part.pivot(index="image", columns="method", values="value")
         if reference not in wide:
             raise ValueError(f"method {reference!r} has no values of {metric}: nothing to compare with.")
@@ -1133,10 +1183,11 @@ def compare(metrics, reference: str = "grad_cam", seed: int = 0, resamples: int 
                 reference_mean=base.mean(),
                 difference=d.mean(),
             )
-            row.update(low=np.nan, high=np.nan, p=np.nan, effect=np.nan, identical=bool((d == 0).all()))
-            row["won"] = float(((-d if metric in LOWER_IS_BETTER else d) > 0).mean())
-            if not row["identical"] and n > 1:
-                spread = d.std(ddof=1)
+            same = bool(np.abs(d).max() < ROUNDING)
+            row.update(low=np.nan, high=np.nan, p=np.nan, effect=np.nan, identical=same, reference=reference)
+            row["won"] = float(((-d if metric in LOWER_IS_BETTER else d) > ROUNDING).mean())
+            if not same and n > 1:
+                spread = d.std(ddof=1) if np.ptp(d) > ROUNDING else 0.0
                 row["effect"] = d.mean() / spread if spread > 0 else np.nan
                 if spread > 0:
                     interval = bootstrap(
@@ -1173,11 +1224,12 @@ def verdict(row: Mapping, p_column: str = "p") -> str:
     """One sentence on a row of `compare`, as the numbers allow: "better" or "worse" needs an interval without zero and
     p < 0.05.
     """
-    name, reference, metric = label(row["method"]), label("grad_cam"), str(row["metric"]).replace("_", " ")
+    name, reference, metric = label(row["method"]), label(row["reference"]), str(row["metric"]).replace("_", " ")
     if row["identical"]:
         return f"{name}: {metric} identical to {reference} on all {row['n']} images."
     if np.isnan(row["low"]):
-        return f"{name}: {metric}, too few images to test (n = {row['n']}, difference {row['difference']:+.4f})."
+        numbers = f"{row['difference']:+.4f}, no interval"
+        return f"{name}: {metric}, no difference to {reference} shown at n = {row['n']} ({numbers})."
     if not (row["low"] > 0 or row["high"] < 0) or not row[p_column] < 0.05:
         return f"{name}: {metric}, no difference to {reference} shown at n = {row['n']} ({_difference(row, p_column)})."
     word = "better" if (row["difference"] > 0) != (row["metric"] in LOWER_IS_BETTER) else "worse"

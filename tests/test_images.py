@@ -409,8 +409,13 @@ def test_safe_name_stays_in_its_folder(tmp_path, hostile):
 
 
 def test_safe_name_keeps_what_is_harmless():
-    assert cc.safe_name("test/ring_004-b.v2+x") == "test_ring_004-b.v2+x" and cc.safe_name("größe") == "größe"
+    assert cc.safe_name("ring_004-b.v2+x") == "ring_004-b.v2+x" and cc.safe_name("größe") == "größe"
     assert cc.safe_name(17) == "17"
+
+
+def test_two_ids_never_share_a_file_name():
+    names = [cc.safe_name(i) for i in ("a/b", "a_b", "a b", ".a_b")]
+    assert len(set(names)) == 4 and all(name.startswith("a_b") and "/" not in name for name in names)
 
 
 # ---------------------------------------------------------------------------------------------------------- measurable
@@ -749,7 +754,7 @@ def test_overlay_at_both_ends():
     pixels, cam = gradient(), np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)
     assert (cc.overlay(pixels, cam, opacity=0) == pixels).all()
     colours = (matplotlib.colormaps["inferno"](cam)[..., :3] * 255).round()
-    assert (cc.overlay(pixels, cam, opacity=1) == colours).all()
+    assert np.abs(cc.overlay(pixels, cam, opacity=1) - colours).max() <= 1  # eight-bit colours
     assert (cc.overlay(pixels, cam, opacity=1, colormap="viridis") != colours).any()
 
 

@@ -175,13 +175,14 @@ def test_verdict_flips_with_the_columns(metric):
 
 # -------------------------------------------------------------------------------------------------------- the sentence
 
-SURE = dict(method="hybrid", metric="insertion", n=24, difference=0.02, low=0.01, high=0.03, p=0.001, identical=False)
+SURE = dict(method="hybrid", metric="insertion", n=24, difference=0.02, low=0.01, high=0.03, p=0.001)
+SURE |= dict(identical=False, reference="grad_cam")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({}, "insertion better than Grad-CAM (+0.020 [+0.010, +0.030], p = 0.001, n = 24)"),
+        ({}, "insertion better than Grad-CAM (+0.0200 [+0.0100, +0.0300], p = 0.001, n = 24)"),
         ({"difference": -0.02, "low": -0.03, "high": -0.01}, "insertion worse than Grad-CAM (-0.020"),
         ({"metric": "deletion"}, "deletion worse than"),
         ({"metric": "average_precision"}, "average precision better than"),
