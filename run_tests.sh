@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/setup.sh
 set_up requirements.txt requirements-dev.txt
-exec "$python" -m pytest "$@"
+export OMP_NUM_THREADS=1  # two test processes; threads that wait for each other on shared cores are slower than one
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

@@ -69,11 +69,11 @@ def variants(repo, smoke, tmp_path_factory):
     return {name: out for name, (out, _) in results.items()}
 
 
-def hybrid_insertion(out):
-    """The named number: the hybrid's mean insertion AUC."""
+def hybrid_numbers(out):
+    """The named numbers: the hybrid's mean insertion AUC and energy in the mask, and the number of images."""
     summary = pd.read_csv(out / "summary.csv", keep_default_na=False)
-    row = summary[(summary.method == "hybrid") & (summary.metric == "insertion")].iloc[0]
-    return float(row["mean"]), int(row["n"])
+    part = summary[summary.method == "hybrid"].set_index("metric")
+    return {"insertion": part["mean"]["insertion"], "energy": part["mean"]["energy"], "n": part["n"]["energy"]}
 
 
 def test_smoke_writes_everything(smoke, repo):
@@ -115,9 +115,13 @@ def test_figures_are_pictures(smoke):
         assert min(picture.shape[:2]) > 150 and picture.std() > 5, figure.name
 
 
-@pytest.mark.parametrize("name", ["alpha", "layer", "shallow_layer", "seed", "n_images", "steps"])
+NUMBER = {"alpha": "energy", "layer": "energy", "shallow_layer": "energy", "seed": "energy", "n_images": "n"}
+
+
+@pytest.mark.parametrize("name", [*NUMBER, "steps"])
 def test_a_parameter_changes_a_number_and_a_picture(variants, name):
-    assert hybrid_insertion(variants[name]) != hybrid_insertion(variants["base"])
+    number = NUMBER.get(name, "insertion")
+    assert hybrid_numbers(variants[name])[number] != hybrid_numbers(variants["base"])[number]
     figure = "05_curves.png" if name == "steps" else "05_methods.png"
     one, other = (pixels(variants[k] / "figures" / figure) for k in (name, "base"))
     assert one.shape != other.shape or (one != other).any()

@@ -51,6 +51,18 @@ def test_the_answer_agrees_with_the_reference_run(readme, repo):
         assert line in readme, line
 
 
+def test_the_prose_agrees_with_the_reference_run(readme, summary):
+    """What the short answer says of shallow LayerCAM and the same-layer hybrid, as numbers and as an order."""
+    part = summary[summary.metric.isin(["energy", "average_precision"])].astype({"mean": float})
+    mean = part.set_index(["method", "metric"])["mean"]
+    shallow, hybrid, same, grad = (mean[m] for m in ("layer_cam_shallow", "hybrid", "hybrid_same", "grad_cam"))
+    prose = " ".join(readme.split())
+    assert f"({shallow.energy:.3f} against {hybrid.energy:.3f})" in prose and shallow.energy > hybrid.energy
+    assert f"({shallow.average_precision:.3f} and {hybrid.average_precision:.3f})" in prose
+    assert abs(shallow.average_precision - hybrid.average_precision) < 0.02
+    assert f"(energy {same.energy:.3f}, Grad-CAM {grad.energy:.3f})" in prose and abs(same.energy - grad.energy) < 0.01
+
+
 def test_its_python_runs(readme, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert len(blocks) == 2
