@@ -369,7 +369,7 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
     factor or their overlap is. Raises ValueError for alpha outside [0, 1] and for maps whose shapes do not fit.
 
     The formula with alpha = 0.7 at one common layer is from hirthickraj2015, Grad-Cam_Analysis_of_Cnn_Decisions; see
-    PROTOCOL in the README.
+    Sources in the README.
     """
     if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second.")

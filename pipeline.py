@@ -5,8 +5,7 @@ beside its target (results/default.unfinished-PID), which takes the target's pla
 and --from the results of the other notebooks are kept, except of those that read what is made anew: 01 feeds all the
 others, 04 feeds 05. manifest.json tells the run and the parameters behind each notebook's results. Files that you name
 are looked for where you stand, then in the repository; a relative results folder lies in the repository.
-Exit codes: 0 done, 1 a notebook failed, 2 refused before the first notebook started, 130 or 143 stopped by a signal.
-"""
+Exit codes: 0 done, 1 a notebook failed, 2 refused before the first notebook started, 130 or 143 stopped by a signal."""
 import argparse
 import ast
 import ctypes
@@ -40,7 +39,8 @@ LEAST = {"n_train": 5, "n_val": 5, "n_test": 5, "n_images": 0, "steps": 1, "batc
 ALLOWED = {  # what is allowed beyond the type: in words, and as a test of the value
     "alpha": ("auto, or a number from 0 to 1", lambda v: v == "auto" or not isinstance(v, str) and 0 <= v <= 1),
     "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)),
-    "precision": ("float32 or bf16", lambda v: v in ("float32", "bf16")),
+    **{name: (f"{a} or {b}", lambda v, pair=(a, b): v in pair)
+       for name, a, b in (("precision", "float32", "bf16"), ("method", "main", "all"))},
     "baseline": ("one or more of twin,rise,black", lambda v: set(v.split(",")) <= {"twin", "rise", "black"}),
     "dataset": ("synthetic, or an existing folder", lambda v: v == "synthetic" or Path(v).is_dir()),
     "weights": ("auto, imagenet, or an existing .pth file",

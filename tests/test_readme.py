@@ -63,6 +63,15 @@ def test_the_prose_agrees_with_the_reference_run(readme, summary):
     assert f"(energy {same.energy:.3f}, Grad-CAM {grad.energy:.3f})" in prose and abs(same.energy - grad.energy) < 0.01
 
 
+def test_what_it_says_of_the_baselines(summary):
+    """The CAMs are close together with the twin, and pixel noise deletes best with RISE's baseline."""
+    numbers = summary.astype({"mean": float})
+    cams = numbers[(numbers.baseline == "twin") & ~numbers.method.isin(["noise", "smooth_noise", "centre"])]
+    assert cams.groupby("metric")["mean"].agg(np.ptp).max() < 0.004
+    rise = numbers[(numbers.baseline == "rise") & (numbers.metric == "deletion")].set_index("method")["mean"]
+    assert rise.idxmin() == "noise"
+
+
 def test_its_python_runs(readme, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert len(blocks) == 2
