@@ -4,8 +4,10 @@ Parameters are checked against what the notebooks declare before the first one s
 beside its target (results/default.unfinished-PID), which takes the target's place at the end in one step. With --only
 and --from the results of the other notebooks are kept, except of those that read what is made anew: 01 feeds all the
 others, 04 feeds 05. manifest.json tells the run and the parameters behind each notebook's results. Files that you name
-are looked for where you stand, then in the repository; a relative results folder lies in the repository.
-Exit codes: 0 done, 1 a notebook failed, 2 refused before the first notebook started, 130 or 143 stopped by a signal."""
+are looked for where you stand, then in the repository; a relative results folder lies in the repository. With --check
+the results in place are compared (see check.py) with results/reference/NAME, NAME being that of the parameter file of
+-f, or else "default". Exit codes: 0 done, 1 a notebook failed or --check found a difference, 2 refused before the first
+notebook started, 130 or 143 stopped by a signal."""
 import argparse
 import ast
 import ctypes
@@ -27,26 +29,28 @@ from pathlib import Path
 
 import yaml
 
+import check
+
 ROOT = Path(__file__).resolve().parent
 READERS = {"01": ("02", "03", "04", "05"), "04": ("05",)}  # which notebooks read what a notebook writes
 TYPES = {  # what a value of a type is called, what it looks like, and how it is read; all the rest is text
     "None": ("none", r"none|null", lambda word: None),
     "bool": ("true or false", r"true|false", lambda word: word == "true"),
     "int": ("a whole number", r"[+-]?\d+", int),
-    "float": ("a number", r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", float),
-}
-LEAST = {"n_train": 5, "n_val": 5, "n_test": 5, "n_images": 0, "steps": 1, "batch_size": 1, "threads": 0, "seed": 0}
+    "float": ("a number", r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", float)}
+CHOICES = {"precision": "float32 bf16", "method": "main all", "rule": "auto product floored mean maximum"}
+LEAST = {0: "n_images n_extra fine_steps rise_masks threads seed", 1: "steps batch_size", 5: "n_train n_val n_test"}
 ALLOWED = {  # what is allowed beyond the type: in words, and as a test of the value
     "alpha": ("auto, or a number from 0 to 1", lambda v: v == "auto" or not isinstance(v, str) and 0 <= v <= 1),
     "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)),
-    **{name: (f"{a} or {b}", lambda v, pair=(a, b): v in pair)
-       for name, a, b in (("precision", "float32", "bf16"), ("method", "main", "all"))},
+    **{name: (ok.replace(" ", " or "), lambda v, ok=ok: v in ok.split()) for name, ok in CHOICES.items()},
     "baseline": ("one or more of twin,rise,black", lambda v: set(v.split(",")) <= {"twin", "rise", "black"}),
     "dataset": ("synthetic, or an existing folder", lambda v: v == "synthetic" or Path(v).is_dir()),
     "weights": ("auto, imagenet, or an existing .pth file",
                 lambda v: v in ("auto", "imagenet") or v.endswith(".pth") and Path(v).is_file()),
-    **{name: (f"a whole number, {low} or more", lambda v, low=low: v >= low) for name, low in LEAST.items()},
-}
+    "also": ("nothing, or the name of a torchvision classifier", lambda v: re.fullmatch(r"\w*", v)),
+    **{name: (f"a whole number, {low} or more", lambda v, low=low: v >= low)
+       for low, names in LEAST.items() for name in names.split()}}
 
 
 def refuse(message):
@@ -95,7 +99,7 @@ def parse(name, types, value, source):
 
 
 def read_given(args):
-    """The parameters the user gave, {name: (value, source)}; the command line wins over the file."""
+    """The parameters the user gave and results_dir, {name: (value, source)}; the command line wins over the file."""
     try:
         content = yaml.safe_load(Path(located(args.f)).read_text("utf-8")) if args.f else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -103,7 +107,7 @@ def read_given(args):
     if not isinstance(content, dict):
         refuse(f"-f {args.f}: a parameter file holds lines of the form `name: value`.")
     from_file = {str(name): (value, f"-f {args.f}") for name, value in content.items()}
-    return from_file | {name: (value, "-p") for name, value in args.p}
+    return {"results_dir": ("results/default", "default")} | from_file | {name: (value, "-p") for name, value in args.p}
 
 
 def settle(given, specs, chosen):
@@ -138,13 +142,6 @@ def run_id(parameters, notebooks):
     return hashlib.sha256(json.dumps([parameters, cells, hashes], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def manifest_of(folder):
-    """The manifest of a folder that a run made; {} for any other."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return manifest if "run" in manifest and "files" in manifest else {}
-
-
 def claim(target):
     """Hold `target` for this process, and clear away what dead runs left beside it. Returns the lock, to be kept."""
     if target in (ROOT / "results", ROOT, *ROOT.parents) or os.path.ismount(target):
@@ -153,16 +150,13 @@ def claim(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = open(target.with_name(f".{target.name}.lock"), "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-    except BlockingIOError:
-        refuse(f"another run is writing {target}. Wait for it, or give another --results-dir.")
     except OSError as error:
-        refuse(f"results_dir: {error}")
+        busy = f"another run is writing {target}. Wait for it, or give another --results-dir."
+        refuse(busy if isinstance(error, BlockingIOError) else f"results_dir: {error}")
     for path in [p for p in target.parent.glob("*.unfinished-*") if p.stem == target.name and p.suffix[12:].isdigit()]:
-        if manifest_of(path) and not target.exists():  # killed between the two renames of put_in_place
-            path.rename(target)
-        else:
-            shutil.rmtree(path)
-    if target.exists() and not manifest_of(target) and (target.is_file() or any(target.iterdir())):
+        half_way = check.manifest_of(path) and not target.exists()  # killed between the two renames of put_in_place
+        path.rename(target) if half_way else shutil.rmtree(path)
+    if target.exists() and not check.manifest_of(target) and (target.is_file() or any(target.iterdir())):
         refuse(f"results_dir: {target} was not made by a run (no manifest.json), so it is not replaced.")
     return lock
 
@@ -191,10 +185,13 @@ def circumstances():
 
 
 def prepare_kernels(folder, run):
-    """Kernels inherit this environment: this interpreter, and nobody's own kernels, start-up files or plot settings."""
-    from ipykernel.kernelspec import write_kernel_spec
+    """Kernels inherit this environment: this interpreter, and nobody's own kernels, start-up files or plot settings.
+    What a kernel says beside its notebook, as it ends or crashes, goes to kernel.log instead of the terminal."""
+    from ipykernel.kernelspec import make_ipkernel_cmd, write_kernel_spec
     logging.disable()  # papermill's doubts about parameters whose types it cannot read, asyncio's about a stopped run
-    write_kernel_spec(folder / "kernels/python3", extra_arguments=["--log-level=CRITICAL"])
+    command = make_ipkernel_cmd(extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.capture_fd_output=False"])
+    shell = ["/bin/sh", "-c", 'exec "$@" >"$JUPYTER_PATH/kernel.log" 2>&1', "sh"]  # exec: signals reach the kernel
+    write_kernel_spec(folder / "kernels/python3", {"argv": shell + command})
     for name in [name for name in os.environ if name.startswith(("MPLB", "MATPLOTLIBRC"))]:
         del os.environ[name]
     os.environ.update(HYBRID_CAM_RUN=run, PYTHONHASHSEED="0", JUPYTER_PATH=str(folder), IPYTHONDIR=f"{folder}/ipython")
@@ -203,7 +200,6 @@ def prepare_kernels(folder, run):
 def execute(path, output, parameters):
     """Run one notebook; SystemExit with the cell, its source and the error if it does not come to its end."""
     import papermill
-    from nbclient.exceptions import DeadKernelError
     names = [str(name).replace("{", "{{").replace("}", "}}") for name in (path, output)]  # papermill formats them
     options = {"kernel_name": "python3", "language": "python", "cwd": ROOT, "start_timeout": 300}
     options["progress_bar"] = sys.stderr.isatty() and {"desc": path.stem, "unit": "cell", "leave": False}
@@ -216,10 +212,11 @@ def execute(path, output, parameters):
         frames = [re.sub(r"\x1b\[[\d;]*m", "", text) for text in error.traceback]
         source = next((text for text in frames if text.startswith("Cell In")), error.source)
         number, message = error.exec_count, f"{error.ename}: {error.evalue}"
-    except DeadKernelError:
+    except RuntimeError as error:  # DeadKernelError among others: the kernel died, or never came to life
         begun = [c["source"] for c in read_cells(output) if "outputs" in c and c["metadata"]["papermill"]["start_time"]]
-        number, source = len(begun), begun[-1]
-        message = "The kernel died: most likely out of memory (a smaller batch_size or n_images needs less)."
+        number, source, log = len(begun), "".join(begun[-1:]), Path(os.environ["JUPYTER_PATH"], "kernel.log")
+        message = f"{error}: most likely out of memory (a smaller batch_size or n_images needs less). It said last:\n"
+        message += "\n".join(log.read_text("utf-8", "replace").splitlines()[-8:] or ["nothing"])
     lines = [f"{path.stem} failed in cell [{number}]:", *source.splitlines()[:12], *message.splitlines()[:20]]
     raise SystemExit("\n    ".join(lines) + f"\nExecuted so far: {output}. The present results are as they were.")
 
@@ -240,12 +237,15 @@ def run_all(args):
     specs = {stem: declared(path) for stem, path in notebooks.items()}
     chosen, given, begin = select(list(notebooks), args.only, args.start), read_given(args), time.monotonic()
     parameters = settle(given, specs, chosen)
-    results_dir = Path(parse("results_dir", ["str"], *given.get("results_dir", ("results/default", "default"))))
-    target, run = (ROOT / results_dir.expanduser()).resolve(), run_id(parameters, notebooks)
+    target = (ROOT / Path(parse("results_dir", ["str"], *given["results_dir"])).expanduser()).resolve()
+    reference = ROOT / "results/reference" / (Path(args.f).stem if args.f else "default")
+    if args.check and (target == reference or not reference.is_dir()):
+        refuse(f"--check: there is no folder {reference} to compare this run with, or it is the one to be written.")
     _lock, fresh = claim(target), target.with_name(f"{target.name}.unfinished-{os.getpid()}")
+    run = run_id(parameters, notebooks)
     (fresh / "notebooks").mkdir(parents=True)
     stale = {*chosen, *(stem for stem in notebooks for made in chosen if stem[:2] in READERS.get(made[:2], ()))}
-    present = manifest_of(target) or {"notebooks": {}, "files": {}}
+    present = check.manifest_of(target) or {"notebooks": {}, "files": {}}
     entries = {stem: entry for stem, entry in present["notebooks"].items() if stem not in stale}
     owners = {name: file["notebook"] for name, file in present["files"].items() if file["notebook"] in entries}
     for name in filter(lambda name: (target / name).is_file(), owners):
@@ -269,17 +269,17 @@ def run_all(args):
                          for name, digest in hashes(fresh).items()}
     (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
     put_in_place(fresh, target)
-    first = ("report.html", f"notebooks/{chosen[-1]}.html", "summary.csv", "figures")
+    first = [target / name for name in ("report.html", f"notebooks/{chosen[-1]}.html", "summary.csv", "figures")]
     print(f"Done in {time.monotonic() - begin:.0f} s: {len(manifest['files'])} files in {target}. Look first at",
-          *(f"  {target / name}" for name in first if (target / name).exists()), sep="\n")
-
-
-def stop(number, frame):
-    os.write(2, f"Stopped by signal {number}; nothing unfinished was put in place.\n".encode())
-    sys.exit(128 + number)
+          *(f"  {path}" for path in first if path.exists()), sep="\n", flush=True)
+    if args.check:
+        check.report(target, reference)
 
 
 def main():
+    def stop(number, frame):
+        os.write(2, f"Stopped by signal {number}; nothing unfinished was put in place.\n".encode())
+        sys.exit(128 + number)
     parser = argparse.ArgumentParser("./run_all.sh", None, __doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
@@ -287,12 +287,12 @@ def main():
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--only", metavar="NN[,NN]", help="run these notebooks only, such as 04,05")
     part.add_argument("--from", dest="start", metavar="NN", help="run this notebook and those after it")
+    part.add_argument("--check", action="store_true", help="compare the results of all notebooks with their reference")
     parser.add_argument("--results-dir", dest="p", action="append", type=lambda value: ("results_dir", value),
                         metavar="DIR", help="the same as -p results_dir DIR: where the results go (results/default)")
     args = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop)
+    for number in filter(lambda n: signal.getsignal(n) != signal.SIG_IGN, (signal.SIGINT, signal.SIGTERM)):
+        signal.signal(number, stop)
     run_all(args)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import check
 import pipeline
 
 PARAMETERS = """root: str = ""  # repository root
@@ -21,7 +22,13 @@ WORK = """import os, sys, time
 from pathlib import Path
 out = Path(root) / results_dir
 (out / "tables").mkdir(exist_ok=True)
-def save(name, text): (out / name).write_text(os.environ["HYBRID_CAM_RUN"] + " " + text)
+run = os.environ["HYBRID_CAM_RUN"]
+def save(name, text): (out / name).write_text(text)
+"""
+NOISE = """import atexit  # as ipykernel does now and then, when its sockets are closed under it
+for place in (1, 2, os.dup(2)):
+    atexit.register(os.write, place, b"said after the end")
+    os.write(place, b"said beside the notebook")
 """
 
 
@@ -39,30 +46,33 @@ def make_repository(root):
     """A repository with three small notebooks; 04 fails in the way its parameter `mode` says."""
     for folder in ("data/checkpoints", "results"):
         (root / folder).mkdir(parents=True)
-    shutil.copy(pipeline.__file__, root)
+    for module in (pipeline, check):
+        shutil.copy(module.__file__, root)
     (root / "cam_core.py").write_text("")
     (root / "requirements.txt").write_text("papermill==0  # only the name is read\n")
     (root / "data/checkpoints/net.pth").write_bytes(b"weights")
     number = "n_images: int = 24  # how many\n"
     make_notebook(
         root / "notebooks/01_data.ipynb", PARAMETERS + number + "scale: float | None = None  # a union\n",
-        WORK + 'save("tables/01_data.csv", f"{n_images} {scale}")',
+        WORK + 'save("tables/01_data.csv", f"n_images,scale,run\\n{n_images},{scale},{run}\\n")', NOISE,
         "print(sys.executable, os.getcwd(), sys.flags.hash_randomization, results_dir)\n"
         'print(sorted(name for name in os.environ if name.startswith("MPL")))',
     )  # fmt: skip
     make_notebook(
         root / "notebooks/04_choice.ipynb",
         PARAMETERS + 'alpha: float | str = "auto"  # weight\nmode: str = "ok"  # how to end\n',
-        WORK + 'save("fusion.json", f"{alpha} {mode}")', "value = 1",
+        WORK + """import json
+save("fusion.json", json.dumps({"alpha": alpha, "mode": mode, "run": run}))""", "value = 1",
         'if mode == "sleep":\n    save("pid", str(os.getpid()))\n    time.sleep(100)\n'
-        'if mode == "die":\n    os._exit(9)\n'
+        'if mode == "die":\n    os.write(2, b"no room left\\n")\n    os._exit(9)\n'
         'if mode == "exit":\n    sys.exit()\n'
         'if mode == "fail":\n    value = value / 0  # here\n',
         "value = 2",
     )  # fmt: skip
     make_notebook(
         root / "notebooks/05_measure.ipynb", PARAMETERS + number,
-        WORK + 'save("summary.csv", str((out / "fusion.json").exists()))',
+        WORK + """chosen = (out / "fusion.json").exists()
+save("summary.csv", f"metric,method,n,mean,chosen,run\\nenergy,grad_cam,{n_images},0.25,{chosen},{run}\\n")""",
     )  # fmt: skip
     return root
 
@@ -169,6 +179,12 @@ def test_a_value_of_another_type_is_refused(capsys, types, value):
         ("batch_size", "int", [1], [0]),
         ("threads", "int", [0], [-1]),
         ("seed", "int", [0, 123], [-1]),
+        ("rule", "str", ["auto", "product", "floored", "mean", "maximum"], ["", "median", "auto product"]),
+        ("n_extra", "int", [0, 50], [-1]),
+        ("fine_steps", "int", [0, 224], [-1, 1.5]),
+        ("rise_masks", "int", [0, 4000], [-1]),
+        ("shortcut", "bool", ["true", False], [1, "yes"]),
+        ("also", "str", ["", "resnet50"], ["resnet50,resnet18", "a b", 3]),
         ("dataset", "str", ["synthetic"], ["nowhere", "cam_core.py"]),
         ("weights", "str", ["auto", "imagenet", "data/checkpoints/net.pth"], ["nowhere.pth", "cam_core.py", "data"]),
     ],
@@ -178,7 +194,7 @@ def test_what_is_allowed(here, capsys, name, types, good, bad):
         pipeline.parse(name, types.split(" | "), value, "-p")
     for value in bad:
         said = refusal(capsys, pipeline.parse, name, types.split(" | "), value, "-p")
-        assert f"{name} cannot be {value!r}" in said and pipeline.ALLOWED[name][0] in said
+        assert f"{name} cannot be {value!r}" in said and pipeline.ALLOWED.get(name, ["true or false"])[0] in said
 
 
 def test_paths_are_seen_from_the_user_then_from_the_repository(here, tmp_path, monkeypatch):
@@ -237,6 +253,10 @@ def test_exactly_one_parameters_cell(tmp_path, capsys, tagged):
         ("--only 04,", "no notebook 04,"),
         ("--from 7", "no notebook 7"),
         ("--only 04 --from 05", "not allowed with"),
+        ("--only 04 --check", "not allowed with"),
+        ("--check --from 04", "not allowed with"),
+        ("--check", "there is no folder"),
+        ("--check -f few.yaml --results-dir results/reference/few", "or it is the one to be written"),
         ("--wrong", "usage:"),
         ("--res x", "usage:"),
         ("-p alpha", "usage:"),
@@ -254,6 +274,8 @@ def test_refused_before_the_first_notebook_with_exit_code_2(tmp_path, monkeypatc
     make_notebook(root / "notebooks/04_choice.ipynb", PARAMETERS + parameters)
     (root / "unknown.yaml").write_text("alhpa: 1\n")
     (root / "trap.yaml").write_text("device: 3\n")
+    (root / "few.yaml").write_text("alpha: 1\n")
+    (root / "results/reference/few").mkdir(parents=True)
     (root / "list.yaml").write_text("- alpha\n")
     (root / "broken.yaml").write_text("alpha: [1\n")
     (root / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
@@ -286,6 +308,13 @@ def test_the_notebooks_run_in_order_and_it_says_where_to_look_first(finished):
     assert process.out.index("01_data") < process.out.index("04_choice") < process.out.index("05_measure")
     assert "Look first at" in process.out and str(target / "notebooks/05_measure.html") in process.out
     assert process.err == "", "the terminal stays clean"
+
+
+def test_what_kernels_say_beside_their_notebooks_stays_off_the_terminal(finished):
+    process, target = finished
+    assert NOISE.splitlines()[0] in (target / "notebooks/01_data.ipynb").read_text(), "the cell was run"
+    assert "said" not in process.out + process.err
+    assert not (target / ".kernel").exists()
 
 
 def test_kernels_run_here_whatever_the_machine_has_lying_about(finished, fake):
@@ -400,7 +429,7 @@ def whole(finished, fake):
     ("mode", "said"),
     [
         ("fail", ["04_choice failed in cell [5]", "value = value / 0  # here", "ZeroDivisionError: division"]),
-        ("die", ["04_choice failed in cell [5]", 'if mode == "sleep":', "The kernel died", "out of memory"]),
+        ("die", ["04_choice failed in cell [5]", 'if mode == "sleep":', "Kernel died", "memory", "no room left"]),
         ("exit", ["04_choice failed", "ended itself before its last cell"]),
     ],
 )
@@ -415,6 +444,16 @@ def test_a_failing_notebook_stops_the_run_and_names_the_cell(whole, mode, said):
     copy = Path(process.err.split("Executed so far: ")[1].split(". The present")[0])
     assert "value = 1" in copy.read_text() and copy.is_relative_to(root / "results")
     assert contents(target) == before
+
+
+def test_a_kernel_that_does_not_start_is_quoted(whole, tmp_path):
+    root, target = whole
+    before = contents(target)
+    (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit('no kernel today')")
+    process = run(root, "--only", "05", PYTHONPATH=str(tmp_path))
+    assert process.returncode == 1 and "Traceback" not in process.err
+    assert "05_measure failed" in process.err and "Kernel died before" in process.err
+    assert "no kernel today" in process.err and contents(target) == before
 
 
 def wait_for(condition, seconds=120):
@@ -438,7 +477,7 @@ def test_a_kill_leaves_the_old_results_and_the_next_run_completes(whole, number)
     process = start(root, "--only", "04", "-p", "mode", "sleep")
     pid_file = target.with_name(f"default.unfinished-{process.pid}") / "pid"
     wait_for(pid_file.exists)
-    kernel = int(wait_for(pid_file.read_text).split()[1])
+    kernel = int(wait_for(pid_file.read_text))
     if number == signal.SIGTERM:
         second = run(root, "--only", "05")
         assert second.returncode == 2 and "another run is writing" in second.err
@@ -527,6 +566,52 @@ def test_a_swap_in_two_steps_that_is_killed_between_them_is_mended(tmp_path, mon
     pipeline.claim(target).close()
     assert manifest(target)["run"] in ("old", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run"]
+
+
+# ---- a run against its reference
+
+
+@pytest.fixture
+def with_reference(whole):
+    """The small repository with the results of few.yaml as its reference: (root, reference, run it)."""
+    root, target = whole
+    (root / "few.yaml").write_text("results_dir: results/few\nn_images: 9\nscale: 1e-3\n")
+    reference = root / "results/reference/few"
+    shutil.copytree(target, reference)
+    yield root, reference, lambda *words: run(root, "-f", "few.yaml", "--check", *words)
+    (root / "few.yaml").unlink()
+
+
+def test_check_passes_where_the_numbers_agree_wherever_the_results_go(with_reference, tmp_path):
+    root, reference, call = with_reference
+    (reference / "tables/01_data.csv").unlink()
+    process = call("--results-dir", tmp_path / "other")
+    assert process.returncode == 0 and process.err == "", process.err
+    assert f"{tmp_path / 'other'} agrees with {reference} in fusion.json, summary.csv." in process.out
+    assert "tables/01_data.csv" in process.out.split("Not compared")[1]
+
+
+def test_check_fails_loudly_on_a_planted_number_and_the_results_are_in_place(with_reference):
+    root, reference, call = with_reference
+    path = reference / "summary.csv"
+    path.write_text(path.read_text().replace("0.25", "0.251"))
+    process = call()
+    assert process.returncode == 1
+    said = process.err.splitlines()
+    assert said[0] == f"{root / 'results/few'} differs from {reference}:" and len(said) == 2
+    assert said[1].strip().startswith("summary.csv: metric energy, method grad_cam: mean is 0.25 here, 0.251 there (")
+    assert "Done in" in process.out and not list((root / "results").glob("*.unfinished-*"))
+    assert set(manifest(root / "results/few")["notebooks"]) == {"01_data", "04_choice", "05_measure"}
+
+
+def test_without_f_the_reference_is_default_and_a_missing_one_is_refused_at_once(whole, tmp_path):
+    root, target = whole
+    shutil.copytree(target, root / "results/reference/default")
+    process = run(root, "--check", "--results-dir", tmp_path / "out", "-p", "n_images", 9, "-p", "scale", "1e-3")
+    assert process.returncode == 0 and "agrees with" in process.out, process.err
+    shutil.rmtree(root / "results/reference")
+    process = run(root, "--check")
+    assert process.returncode == 2 and process.out == "" and "results/reference/default" in process.err
 
 
 # ---- set-up

@@ -1,0 +1,236 @@
+"""check.py: what counts as a difference between a run and its reference, and that each one is named with its place."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import check
+
+METHODS = ("grad_cam", "layer_cam", "hybrid")
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def make(top, run, n=24):
+    """A small results folder of the form that a run leaves."""
+    where = [(metric, base) for metric, base in (("insertion", "twin"), ("deletion", "rise"), ("pointing", ""))]
+    summary = [
+        dict(metric=metric, baseline=base, method=method, n=n, mean=0.5 + 0.01 * k, low=0.1, high=0.2,
+             p="" if k else 0.5, effect=-1.5, won=0.25, identical=k == 0, run=run)
+        for metric, base in where for k, method in enumerate(METHODS)
+    ]  # fmt: skip
+    metrics = [
+        dict(image=f"test_{i}", method=method, metric=metric, baseline=base, value=0.25 * i, run=run)
+        for i in range(4) for metric, base in where for method in METHODS
+    ]  # fmt: skip
+    sweep = [dict(kind="cross-layer", alpha=a, insertion=0.9 + a / 100, run=run) for a in (0, 0.5, 1) for _ in range(2)]
+    write(top / "summary.csv", summary)
+    write(top / "metrics.csv", metrics)
+    write(top / "cost.csv", [dict(method="forward", seconds=0.01, device="cpu", run=run)])
+    write(top / "tables/04_sweep.csv", sweep)
+    fusion = dict(alpha=0.4, layer="layer4", n=12, means={"0.0": 0.82, "0.4": 0.83}, device="cpu", run=run)
+    (top / "fusion.json").write_text(json.dumps(fusion))
+    (top / "manifest.json").write_text(json.dumps({"run": run, "files": {}}))
+    return top
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A run and a reference with the same numbers; they differ in run, device, timings and the order of the rows."""
+    here, there = make(tmp_path / "run", "a"), make(tmp_path / "reference", "b")
+    write(here / "cost.csv", [dict(method="forward", seconds=99, device="cuda", run="a")])
+    write(here / "summary.csv", rows_of(here / "summary.csv")[::-1])
+    (here / "fusion.json").write_text((here / "fusion.json").read_text().replace("cpu", "cuda"))
+    return here, there
+
+
+def edit(path, column, value, **where):
+    """Change a column of the rows that `where` describes; a value of None takes the rows away."""
+    rows = rows_of(path)
+    chosen = [row for row in rows if all(row[name] == word for name, word in where.items())]
+    assert chosen
+    for row in chosen:
+        row[column] = value if value is None or isinstance(value, str) else repr(value)
+    write(path, [row for row in rows if row[column] is not None])
+
+
+def lines(two):
+    return check.compare(*two)[0]
+
+
+ONE = dict(metric="insertion", baseline="twin", method="hybrid")
+
+
+def test_runs_with_the_same_numbers_agree(two, capsys):
+    assert lines(two) == []
+    check.report(*two)
+    assert "in fusion.json, metrics.csv, summary.csv, tables/04_sweep.csv." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [0.521, 0.519])
+def test_a_planted_number_in_the_third_decimal_is_found_and_its_place_named(two, capsys, value):
+    edit(two[1] / "summary.csv", "mean", value, **ONE)
+    (line,) = lines(two)
+    start = "summary.csv: metric insertion, baseline twin, method hybrid: mean is 0.52 here, "
+    assert line.startswith(f"{start}{value} there (") and line.endswith("e-05 is allowed)")
+    with pytest.raises(SystemExit, match="differs from"):
+        check.report(*two)
+
+
+@pytest.mark.parametrize(
+    "metric", ["insertion", "deletion", "drop", "energy", "average_precision", "pointing", "iou", "x"]
+)
+@pytest.mark.parametrize("column", ["mean", "reference_mean", "difference"])
+@pytest.mark.parametrize("n", ["4", "400"])
+def test_no_tolerance_of_a_mean_reaches_the_third_decimal(metric, column, n):
+    assert 0 < check.tolerance(column, {"metric": metric, "n": n}) < 5e-4
+
+
+def test_a_change_below_the_tolerance_passes(two):
+    allowed = check.tolerance("mean", ONE)
+    edit(two[1] / "summary.csv", "mean", 0.52 + 0.9 * allowed, **ONE)
+    assert lines(two) == []
+    edit(two[1] / "summary.csv", "mean", 0.52 + 1.1 * allowed, **ONE)
+    assert len(lines(two)) == 1
+
+
+def test_intervals_on_few_images_may_move_and_others_not(two, tmp_path):
+    edit(two[1] / "summary.csv", "high", 0.22, **ONE)
+    assert len(lines(two)) == 1
+    few = make(tmp_path / "few", "a", n=4), make(tmp_path / "few_too", "b", n=4)
+    edit(few[1] / "summary.csv", "high", 0.22, **ONE)
+    assert lines(few) == []
+    edit(few[1] / "summary.csv", "high", 0.6, **ONE)
+    assert len(lines(few)) == 1
+
+
+def test_a_missing_row_and_a_new_one(two):
+    edit(two[0] / "metrics.csv", "value", None, image="test_2", metric="insertion", method="hybrid")
+    edit(two[1] / "summary.csv", "mean", None, **ONE)
+    assert lines(two) == [
+        "metrics.csv: the row image test_2, method hybrid, metric insertion, baseline twin is only in the reference",
+        "summary.csv: the row metric insertion, baseline twin, method hybrid is only in this run",
+    ]
+
+
+def test_rows_with_the_same_texts_are_counted(two):
+    edit(two[1] / "tables/04_sweep.csv", "alpha", "0.25", alpha="0.5")
+    found = lines(two)
+    assert len(found) == 4 and found[0].endswith("the row kind cross-layer, alpha 0.5 is only in this run")
+    assert found[1].endswith("the row kind cross-layer, alpha 0.5 (no. 2) is only in this run")
+
+
+def test_a_renamed_method(two):
+    edit(two[0] / "summary.csv", "method", "fusion", **ONE)
+    found = lines(two)
+    assert len(found) == 2 and "method fusion is only in this run" in found[0]
+    assert "method hybrid is only in the reference" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("n", "23", "n is 24 here, 23 there (it has to be the same)"),
+        ("identical", "True", "identical is False here, True there (it has to be the same)"),
+        ("mean", "", "mean is 0.52 here, empty there (it has to be the same)"),
+        ("mean", "nan", "mean is 0.52 here, nan there ("),
+        ("mean", "inf", "mean is 0.52 here, inf there ("),
+        ("p", "0.5", "p is empty here, 0.5 there (it has to be the same)"),
+    ],
+)
+def test_counts_flags_and_what_is_no_number(two, column, value, said):
+    edit(two[1] / "summary.csv", column, value, **ONE)
+    (line,) = lines(two)
+    assert said in line
+
+
+def test_a_column_that_only_one_has(two):
+    rows = [row | {"network": "resnet18"} for row in rows_of(two[0] / "summary.csv")]
+    write(two[0] / "summary.csv", rows)
+    assert lines(two) == ["summary.csv: network is only in this run"]
+    assert lines(two[::-1]) == ["summary.csv: network is only in the reference"]
+    more = rows_of(two[1] / "summary.csv")
+    write(two[0] / "summary.csv", [*rows, *(row | {"network": "resnet50", "mean": "0.9"} for row in rows)])
+    write(two[1] / "summary.csv", [row | {"network": "resnet18"} for row in more])
+    assert len(lines(two)) == len(rows) and all("network resnet50 is only in this run" in line for line in lines(two))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("alpha", 0.400001, "alpha is 0.4 here, 0.400001 there (it has to be the same)"),
+        ("layer", "layer3", "layer is layer4 here, layer3 there (it has to be the same)"),
+        ("n", 13, "n is 12 here, 13 there (it has to be the same)"),
+        ("means", {"0.0": 0.82, "0.4": 0.831}, "means.0.4 is 0.83 here, 0.831 there ("),
+        ("means", {"0.0": 0.82, "0.4": math.nan}, "means.0.4 is 0.83 here, NaN there ("),
+        ("means", {"0.0": 0.82}, "means.0.4 is only in this run"),
+    ],
+)
+def test_the_choice(two, name, value, said):
+    content = json.loads((two[1] / "fusion.json").read_text())
+    (two[1] / "fusion.json").write_text(json.dumps(content | {name: value}))
+    (line,) = lines(two)
+    assert line.startswith(f"fusion.json: {said}")
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "fusion.json"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_is_needed_is_missing(two, which, name):
+    (two[which] / name).unlink()
+    assert lines(two) == [f"{name} is missing in {two[which]}"]
+
+
+def test_further_files_count_where_the_reference_has_them(two):
+    (two[1] / "metrics.csv").unlink()
+    assert check.compare(*two) == (
+        [], ["fusion.json", "summary.csv", "tables/04_sweep.csv"], ["metrics.csv"])  # fmt: skip
+    (two[0] / "tables/04_sweep.csv").unlink()
+    assert lines(two) == [f"tables/04_sweep.csv is missing in {two[0]}"]
+
+
+def test_a_file_that_cannot_be_read_is_a_difference(two):
+    (two[0] / "fusion.json").write_text("{")
+    (two[0] / "summary.csv").write_bytes(b"\xff\xfe")
+    assert [line.split(" read")[0] for line in lines(two)] == ["fusion.json: cannot be", "summary.csv: cannot be"]
+
+
+def test_many_differences_are_cut_short(two):
+    for method in METHODS:
+        edit(two[1] / "metrics.csv", "value", 9, method=method)
+    assert len(lines(two)) == check.SHOWN + 1 and lines(two)[-1] == "metrics.csv: and 16 more"
+
+
+@pytest.mark.parametrize(("change", "code"), [("nothing", 0), ("number", 1), ("folder", 2)])
+def test_alone_it_ends_with_the_exit_code_it_promises(two, repo, change, code):
+    if change == "number":
+        edit(two[1] / "summary.csv", "mean", 0.6, **ONE)
+    if change == "folder":
+        shutil.rmtree(two[1])
+    command = [sys.executable, str(repo / "check.py"), *map(str, two)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=two[0])
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("mean is 0.52 here, 0.6 there" in done.stderr) == (code == 1)
+    assert (done.stdout != "") == (code == 0)
+
+
+def test_the_shipped_references_are_complete_and_agree_with_themselves(repo):
+    folders = [path for path in (repo / "results/reference").iterdir() if path.is_dir()]
+    assert folders
+    for folder in folders:
+        assert check.manifest_of(folder) and check.compare(folder, folder)[0] == []
