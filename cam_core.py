@@ -11,10 +11,11 @@ the only place that touches a network; everything behind it is small batched ten
     6  images and data   read_image, preprocess, read_dataset, load_batch, load_masks
     7  explain, overlay  one image in one call
     8  method_maps       every method of the study, and its controls, from one capture
-    9  faithfulness      insertion and deletion curves, AUC
-    10 localisation      pointing game, energy in the mask, average precision
-    11 statistics        paired differences with intervals
-    12 runs and figures  seeds, output folders, one visual language
+    9  faithfulness      insertion and deletion curves, AUC, change of confidence; RISE for comparison
+    10 localisation      pointing game, energy in the mask, average precision, IoU of masks and boxes
+    11 sanity            similarity of maps, a network randomised layer by layer
+    12 statistics        paired differences with intervals
+    13 runs and figures  seeds, output folders, one visual language
 
 Notation: B images, C channels, h x w the size of a captured map, H x W the size of the input, K classes. Maps are
 (B, height, width) float32 tensors, non-negative; "normalised" means divided by their maximum, so in [0, 1].
@@ -22,13 +23,17 @@ Notation: B images, C channels, h x w the size of a captured map, H x W the size
 
 from __future__ import annotations
 
+import ast
+import copy
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
 import sys
+import textwrap
 import warnings
 import zlib
 from collections import Counter
@@ -37,6 +42,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
 import torch
@@ -320,7 +326,8 @@ def xgrad_cam(A: Tensor, G: Tensor) -> Tensor:
     return torch.einsum("bk,bkhw->bhw", w, A).relu()
 
 
-# A CAM of your own: write it like one above and add it, `cc.CAMS["my_cam"] = my_cam`; all tables and figures have it.
+# A CAM of your own: write it like one above and add it, `cc.CAMS["my_cam"] = my_cam`; the tables have it, and the
+# figures that show all methods.
 CAMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grad_cam": grad_cam,
     "layer_cam": layer_cam,
@@ -359,20 +366,54 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
     )
 
 
-def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = None) -> Tensor:
+FLOOR = 0.1  # of the floored product, as a share of each map's maximum
+
+
+def product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    return a.pow(alpha) * b.pow(1 - alpha)
+
+
+def floored(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    fused = ((a + FLOOR).pow(alpha) * (b + FLOOR).pow(1 - alpha) - FLOOR).relu()
+    return torch.where((a > 0) | (b > 0), fused, 0)  # rounding would leave 1e-9 where both are zero
+
+
+def mean(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    return alpha * a + (1 - alpha) * b
+
+
+def maximum(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    return torch.maximum(alpha * a, (1 - alpha) * b)
+
+
+# How two normalised maps become one; `hybrid` tells the formulas. Add one of your own as with CAMS.
+FUSIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "product": product,
+    "floored": floored,
+    "mean": mean,
+    "maximum": maximum,
+}
+
+
+def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = None, rule: str = "product") -> Tensor:
     """The weighted geometric mean a^alpha * b^(1-alpha) of two maps, each normalised before and their product
     normalised after.
 
     a: usually Grad-CAM at a deep layer, (B, h, w); b: usually LayerCAM, at the same or a shallower layer, (B, h', w').
     size = (H, W) enlarges both first (see `enlarge`) and is required where their sizes differ. alpha in [0, 1]; alpha=1
-    gives a / max(a) and alpha=0 gives b / max(b), exactly. Returns (B, H, W) in [0, 1]; zero everywhere where one
-    factor or their overlap is. Raises ValueError for alpha outside [0, 1] and for maps whose shapes do not fit.
+    gives a / max(a) and alpha=0 gives b / max(b), exactly, whatever the rule. rule: "product" (above), "floored" =
+    (a + f)^alpha * (b + f)^(1-alpha) - f with f = 0.1, which keeps an order where one factor is zero, "mean" =
+    alpha * a + (1-alpha) * b, "maximum" = max(alpha * a, (1-alpha) * b), or a name of your own in FUSIONS. Returns
+    (B, H, W) in [0, 1]; the product is zero everywhere where one factor or their overlap is. Raises ValueError for
+    alpha outside [0, 1], an unknown rule, and maps whose shapes do not fit.
 
     The formula with alpha = 0.7 at one common layer is from hirthickraj2015, Grad-Cam_Analysis_of_Cnn_Decisions; see
     Sources in the README.
     """
     if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second.")
+    if rule not in FUSIONS:
+        raise ValueError(f"rule={rule!r} is no fusion rule. {_nearest(str(rule), list(FUSIONS))}")
     if size is None and a.shape != b.shape:
         raise ValueError(
             f"The maps have shapes {tuple(a.shape)} and {tuple(b.shape)}: give size=(H, W) to enlarge both to one size."
@@ -380,7 +421,17 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
     a, b = (normalise(a), normalise(b)) if size is None else (enlarge(a, size), enlarge(b, size))
     if a.shape != b.shape:
         raise ValueError(f"The maps belong to different batches: {a.shape[0]} and {b.shape[0]} images.")
-    return normalise(a.pow(alpha) * b.pow(1 - alpha))  # pow, not exp(log): 0 ** 0 is 1, so alpha = 0 and 1 are exact
+    if alpha in (0, 1):
+        return a if alpha == 1 else b
+    return normalise(FUSIONS[rule](a, b, alpha))
+
+
+def cam_at(shot: Capture, cam: Callable[[Tensor, Tensor], Tensor], layers: str, size: tuple[int, int]) -> Tensor:
+    """A CAM at a layer, enlarged to size = (H, W): (B, H, W) in [0, 1]. Of several layers, joined by "+" as in
+    "layer2+layer3", the geometric mean of their enlarged maps, normalised.
+    """
+    maps = [enlarge(cam(shot.activations[n], shot.gradients[n]), size) for n in layers.split("+")]
+    return maps[0] if len(maps) == 1 else normalise(torch.stack(maps).prod(0) ** (1 / len(maps)))
 
 
 # ------------------------------------------------------------------------------------------------------------- 5 models
@@ -524,16 +575,14 @@ def resolve_weights(arch: str, weights: str, dataset: str, data: Path, retrain: 
     return str(data / dataset / "checkpoints" / f"{arch}.pth") if retrain else "auto"
 
 
-def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
-    """(deep, shallow): where Grad-CAM and where LayerCAM look by default, found by a few probe passes with one image.
+def stages(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Where a map can be taken, {layer: height of its output}, in order of execution: at each resolution the last
+    layer that everything passes through. Found by a few probe passes with one image.
 
     Candidates are the outputs (B, C, h, w), h*w > 1, of modules that run once, are no pooling layers (nor containers
     that end in one), lie in front of the classifier (the last module with weights that runs), and that everything
-    passes through (not one branch of a block). deep = the last candidate; shallow = the last one at the finer
-    resolution nearest to four times deep's. Where several names share one output, the outermost counts. For ResNet:
-    layer4, layer2.
-
-    Raises ValueError when a model has no such layer. A model of one resolution has no finer one: then shallow = deep.
+    passes through (not one branch of a block). Where several names share one output, the outermost counts. For ResNet:
+    relu, layer1, layer2, layer3, layer4.
     """
     model = _unwrap(model)
     _check_input(model, x)
@@ -561,17 +610,27 @@ def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
 
     with _borrowed(model, {n: record(n, m) for n, m in model.named_modules() if n}):
         model(x)
-    found = [(n, h) for n, h in runs[:last] if often[n] == 1]
-    deep, low = next(((n, h) for n, h in reversed(found) if _all_passes(model, x, n)), ("", 0))
-    if not deep:
+    found: dict[str, int] = {}
+    for name, height in reversed(runs[:last]):
+        if often[name] == 1 and height not in found.values() and _all_passes(model, x, name):
+            found[name] = height
+    return dict(reversed(found.items()))
+
+
+def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
+    """(deep, shallow): where Grad-CAM and where LayerCAM look by default: the last of `stages`, and the one whose
+    resolution is nearest to four times deep's. For ResNet: layer4, layer2.
+
+    Raises ValueError when a model has no such layer. A model of one resolution has no finer one: then shallow = deep.
+    """
+    found = stages(model, x)
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no layer with a spatial output before its classifier: name one with layer=."
         )
-    for height in sorted({h for _, h in found if h > low}, key=lambda h: abs(math.log(h / (4 * low)))):
-        for name in [n for n, h in reversed(found) if h == height]:
-            if _all_passes(model, x, name):
-                return deep, name
-    return deep, deep
+    deep, low = list(found.items())[-1]
+    finer = sorted((h, n) for n, h in found.items() if h > low)
+    return deep, min(finer, key=lambda pair: abs(math.log(pair[0] / (4 * low))), default=(low, deep))[1]
 
 
 def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
@@ -580,6 +639,18 @@ def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
     """
     with _borrowed(model, {layer: lambda module, args, output: output.detach()}):
         return not _logits(model(x.clone().requires_grad_().clone())).requires_grad
+
+
+def matching_layers(layers: str, stages_here: Sequence[str], stages_there: Sequence[str]) -> str:
+    """The layers of another network that lie as many stages before its last as `layers` ("layer2", "layer2+layer3") do
+    here. Raises ValueError for a layer that is no stage.
+    """
+    here, there = list(stages_here), list(stages_there)
+    for name in layers.split("+"):
+        if name not in here:
+            raise ValueError(f"layer={name!r} is no stage of the first network ({', '.join(here)}): name one of these.")
+    places = [here.index(name) - len(here) for name in layers.split("+")]
+    return "+".join(dict.fromkeys(there[max(place, -len(there))] for place in places))
 
 
 def resolve_layers(model: nn.Module, x: Tensor, layer: str = "auto", shallow_layer: str = "auto") -> tuple[str, str]:
@@ -631,12 +702,6 @@ def preprocess(images: Image.Image | Sequence[Image.Image], size: int = 224) -> 
     pixels = np.stack([np.asarray(i.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for i in images])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255  # stays channels-last in memory
     return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
-
-
-def to_pixels(x: Tensor) -> np.ndarray:
-    """The inverse of `preprocess`'s scaling: (B, 3, H, W) -> uint8 (B, H, W, 3)."""
-    x = x.detach().float().cpu() * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
-    return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def read_dataset(folder: str | Path, split: str | None = None):
@@ -780,13 +845,15 @@ def explain(
     shallow_layer: str | None = None,
     alpha: float = 0.5,
     size: int = 224,
+    rule: str = "product",
 ) -> Explanation:
     """One image, one map, one call.
 
     image: a path or PIL image (squashed to size x size, ImageNet-normalised), or a preprocessed tensor (3, H, W) or (1,
-    3, H, W). target: class index, or None for the predicted class. method: "hybrid" (Grad-CAM at `layer` x LayerCAM at
-    `shallow_layer`, weighted by alpha) or a name in CAMS (at `layer`). Layers default to `default_layers`. The map has
-    the size of the model's input; `overlay` fits it to the photograph. Raises ValueError for an unknown method, and
+    3, H, W). target: class index, or None for the predicted class. method: "hybrid" (Grad-CAM at `layer` with LayerCAM
+    at `shallow_layer`, by `rule` and alpha; see `hybrid`) or a name in CAMS (at `layer`). Layers default to
+    `default_layers`; both may be several, "layer2+layer3". The map has the size of the model's input;
+    `overlay` fits it to the photograph. Raises ValueError for an unknown method, and
     what `capture` and `hybrid` raise.
     """
     if not isinstance(image, str | Path | Image.Image | Tensor):
@@ -806,13 +873,14 @@ def explain(
     deep, shallow = (
         (layer, shallow_layer) if layer and (shallow_layer or method != "hybrid") else default_layers(model, x)
     )
-    deep, shallow = layer or deep, shallow_layer or shallow
-    shot = capture(model, x, [deep, shallow] if method == "hybrid" else [deep], target)
-    A, G = shot.activations, shot.gradients
+    deep, shallow = layer or deep, shallow_layer or shallow or deep
+    both = list(dict.fromkeys([*shallow.split("+"), *deep.split("+")]))
+    shot = capture(model, x, both if method == "hybrid" else deep.split("+"), target)
     if method == "hybrid":
-        maps = hybrid(grad_cam(A[deep], G[deep]), layer_cam(A[shallow], G[shallow]), alpha, x.shape[2:])
+        coarse, fine = cam_at(shot, grad_cam, deep, tuple(x.shape[2:])), cam_at(shot, layer_cam, shallow, x.shape[2:])
+        maps = hybrid(coarse, fine, alpha, rule=rule)
     else:
-        maps = enlarge(CAMS[method](A[deep], G[deep]), x.shape[2:])
+        maps = cam_at(shot, CAMS[method], deep, tuple(x.shape[2:]))
     index = int(shot.target[0])
     probability = float(shot.logits.float().softmax(1)[0, index])
     return Explanation(
@@ -852,16 +920,32 @@ def overlay(
 STYLE: dict[str, tuple[str, str]] = {
     "grad_cam": ("Grad-CAM", "#0072B2"),
     "layer_cam": ("LayerCAM", "#E69F00"),
-    "layer_cam_shallow": ("LayerCAM, shallow", "#F0C75E"),
-    "hybrid_same": ("Hybrid, same layer", "#CC79A7"),
-    "hybrid": ("Hybrid, cross-layer", "#D55E00"),
+    "hybrid": ("Hybrid", "#D55E00"),
+    "hybrid_same": ("Same-layer hybrid", "#CC79A7"),
+    "fused_mean": ("Fusion: arithmetic mean", "#E377C2"),
+    "fused_maximum": ("Fusion: maximum", "#AA3377"),
+    "hybrid_deep": ("Hybrid of the last Grad-CAM", "#882255"),
     "grad_cam_pp": ("Grad-CAM++", "#56B4E9"),
     "hires_cam": ("HiResCAM", "#009E73"),
     "xgrad_cam": ("XGrad-CAM", "#7B61A8"),
+    "rise": ("RISE", "#000000"),
+    "layer_cam_shallow": ("Shallow LayerCAM", "#F0C75E"),
+    "grad_cam_coarse": ("Hybrid's Grad-CAM", "#2F6F9F"),
+    "grad_cam_finer": ("Grad-CAM one stage finer", "#4C9FD0"),
+    "times_sobel": ("Grad-CAM × Sobel", "#8C6D31"),
+    "times_activation": ("Grad-CAM × mean activation", "#B5894A"),
+    "times_other": ("Grad-CAM × another's LayerCAM", "#D8B26E"),
+    "hybrid_coarse": ("Hybrid on the deep grid", "#E0A080"),
+    "sobel": ("Sobel edges", "#666666"),
+    "activation": ("Shallow mean activation", "#808080"),
     "noise": ("Pixel noise", "#999999"),
     "smooth_noise": ("Smooth noise", "#777777"),
     "centre": ("Centre", "#555555"),
 }
+# What shares the hybrid's resolution: its factors, and fusions without the evidence. Its own gain is what they lack.
+# The last goes the other way: the hybrid at Grad-CAM's resolution.
+MATCHED = ("layer_cam_shallow", "grad_cam_coarse", "grad_cam_finer", "times_sobel", "times_activation")
+MATCHED += ("times_other", "hybrid_coarse")
 PRIOR_ALPHA = 0.7  # of the same-layer hybrid, as the prior project published it
 
 
@@ -875,34 +959,67 @@ def colour(method: str) -> str:
     return STYLE.get(method, ("", "#222222"))[1]
 
 
-def method_maps(
-    shot: Capture, layer: str, shallow_layer: str, alpha: float, size: tuple[int, int], ids: Sequence[str], seed: int
-) -> dict[str, Tensor]:
-    """Every method of the study and its uninformative controls, from one capture: name -> (B, H, W) in [0, 1].
-
-    All CAMS at `layer`; layer_cam_shallow at `shallow_layer`; hybrid_same = Grad-CAM x LayerCAM at `layer` with the
-    prior's alpha (0.7); hybrid = Grad-CAM at `layer` x LayerCAM at `shallow_layer` with `alpha`; noise (uniform, every
-    pixel), smooth_noise (7 x 7 uniform noise enlarged like a deep map) and centre (Gaussian, standard deviation a
-    quarter of the side). Noise depends on (seed, id) alone.
+def sobel_edges(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The length of the Sobel gradient of the mean over colours, averaged to a grid (h, w): (B, 3, H, W) -> (B, h, w).
+    It knows the image, at a layer's resolution, and nothing of the network.
     """
-    (A, G), (a, g) = ((shot.activations[n], shot.gradients[n]) for n in (layer, shallow_layer))
-    maps = {name: enlarge(cam(A, G), size) for name, cam in CAMS.items()}
-    maps["layer_cam_shallow"] = enlarge(layer_cam(a, g), size)
+    grey = F.pad(x.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
+    both = F.conv2d(grey, torch.stack([kernel, kernel.T])[:, None])
+    return F.adaptive_avg_pool2d(both.norm(dim=1, keepdim=True), grid)[:, 0]
+
+
+def method_maps(
+    shot: Capture,
+    x: Tensor,
+    layers: Mapping[str, str],
+    alpha: float,
+    rule: str,
+    ids: Sequence[str],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Every single-pass method of the study and its controls, from one capture: name -> (B, H, W) in [0, 1].
+
+    x: (B + 1, 3, H, W), the images explained and one more, whose map "times_other" gives to the last of them. shot: the
+    capture of all of x at all `layers`: deep (where CAMs look), coarse and shallow (the hybrid's Grad-CAM and LayerCAM;
+    each may be several, see `cam_at`), finer (the stage before deep). ids: of the B images; random controls depend on
+    (seed, id) alone.
+
+    All CAMS at deep. hybrid = Grad-CAM at coarse with LayerCAM at shallow by `rule` and `alpha`; hybrid_same = the
+    product of both at deep with the prior's alpha, 0.7; hybrid_deep = as hybrid, but with Grad-CAM at deep;
+    fused_mean, fused_maximum: the other rules with the same alpha. Controls: MATCHED, that is the hybrid's two factors
+    alone (layer_cam_shallow, grad_cam_coarse), grad_cam_finer, the hybrid's Grad-CAM fused in the same way with Sobel
+    edges, the mean rectified activation or another image's LayerCAM, and the hybrid averaged to deep's grid; the same
+    edges and activation alone; noise (uniform, every pixel), smooth_noise (7 x 7 uniform noise enlarged like a deep
+    map), centre (Gaussian, standard deviation a quarter of the side).
+    """
+    size, own, (A, G) = tuple(x.shape[2:]), slice(len(ids)), (shot.activations, shot.gradients)
+    deep, shallow, finer = (layers[k] for k in ("deep", "shallow", "finer"))
+    maps = {name: enlarge(cam(A[deep], G[deep])[own], size) for name, cam in CAMS.items()}
+    coarse, every = cam_at(shot, grad_cam, layers["coarse"], size)[own], cam_at(shot, layer_cam, shallow, size)
+    maps["grad_cam_coarse"] = coarse
+    fine = maps["layer_cam_shallow"] = every[own]
+    grid = A[shallow.split("+")[0]]
+    maps["grad_cam_finer"] = enlarge(grad_cam(A[finer], G[finer])[own], size)
+    maps["sobel"] = enlarge(sobel_edges(x[own], tuple(grid.shape[2:])), size)
+    maps["activation"] = enlarge(grid[own].float().relu().mean(1), size)
+    maps["hybrid"] = hybrid(coarse, fine, alpha, rule=rule)
     maps["hybrid_same"] = hybrid(maps["grad_cam"], maps["layer_cam"], PRIOR_ALPHA)
-    maps["hybrid"] = hybrid(maps["grad_cam"], maps["layer_cam_shallow"], alpha)
+    maps["hybrid_deep"] = hybrid(maps["grad_cam"], fine, alpha, rule=rule)
+    maps["fused_mean"] = hybrid(coarse, fine, alpha, rule="mean")
+    maps["fused_maximum"] = hybrid(coarse, fine, alpha, rule="maximum")
+    maps["times_sobel"] = hybrid(coarse, maps["sobel"], alpha, rule=rule)
+    maps["times_activation"] = hybrid(coarse, maps["activation"], alpha, rule=rule)
+    maps["times_other"] = hybrid(coarse, every[1:], alpha, rule=rule)
+    maps["hybrid_coarse"] = enlarge(F.adaptive_avg_pool2d(maps["hybrid"], A[deep].shape[2:]), size)
     draws = [_generator(seed, i, 1) for i in ids]
-    coarse = torch.from_numpy(np.stack([d.random((7, 7), np.float32) for d in draws]))
-    fine = torch.from_numpy(np.stack([d.random(tuple(size), np.float32) for d in draws]))
-    y, x = (torch.linspace(-1, 1, n) for n in size)
-    blob = torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * 0.5**2)).expand(len(ids), -1, -1)
-    for name, control in (
-        ("noise", normalise(fine)),
-        ("smooth_noise", enlarge(coarse, size)),
-        ("centre", normalise(blob)),
-    ):
-        maps[name] = control.to(A.device)
+    smooth = torch.from_numpy(np.stack([d.random((7, 7), np.float32) for d in draws]))
+    noise = torch.from_numpy(np.stack([d.random(size, np.float32) for d in draws]))
+    down, right = (torch.linspace(-1, 1, n) for n in size)
+    blob = torch.exp(-(down[:, None] ** 2 + right[None, :] ** 2) / (2 * 0.5**2)).expand(len(ids), -1, -1)
+    maps |= {"noise": normalise(noise), "smooth_noise": enlarge(smooth, size), "centre": normalise(blob)}
     order = [n for n in STYLE if n in maps] + [n for n in maps if n not in STYLE]
-    return {name: maps[name] for name in order}
+    return {name: maps[name].to(x.device) for name in order}
 
 
 def _generator(seed: int, image_id: str, stream: int) -> np.random.Generator:
@@ -939,7 +1056,7 @@ def measurable(model: nn.Module, frame, n: int = 0, seed: int = 0, batch_size: i
 
     twins = bool((frame["twin"] != "").any())
     frame = subset(frame[frame["twin"] != ""] if twins else frame, 0, seed)
-    kept, left_out, found = [], 0, 0
+    kept, left_out, found = [frame.iloc[:0].assign(target=0, p_image=0.0)], 0, 0
     for begin in range(0, len(frame), batch_size):
         part = frame.iloc[begin : begin + batch_size]
         p, target = probabilities(model, load_batch(part), batch_size, precision).max(1)
@@ -956,19 +1073,34 @@ def measurable(model: nn.Module, frame, n: int = 0, seed: int = 0, batch_size: i
         left_out, found = left_out + int((~uses[:stop]).sum()), found + int(uses[:stop].sum())
         if n and found >= n:
             break
-    return pd.concat(kept).reset_index(drop=True), left_out
+    return pd.concat(kept[1:] or kept).reset_index(drop=True), left_out
 
 
-def pixel_order(maps: Tensor, ids: Sequence[str], seed: int = 0) -> Tensor:
-    """Pixel indices by descending attribution, (B, H, W) -> (B, H*W). Ties are broken by one seeded permutation per
-    image, the same for every method, so a flat region is visited in random order and not from its upper left corner.
+def pixel_rank(maps: Tensor, ids: Sequence[str], seed: int = 0) -> Tensor:
+    """The place of every pixel by descending attribution, 0 = highest: (B, H, W) -> (B, H, W) int32. Ties are broken by
+    one seeded permutation per image, the same for every method, so a flat region is visited in random order and not
+    from its upper left corner. Raises ValueError for NaN.
     """
     flat = maps.flatten(1)
     if len(ids) != len(flat):
         raise ValueError(f"ids has {len(ids)} entries for {len(flat)} maps: give one id for each image.")
+    if bool(flat.isnan().any()):
+        raise ValueError("maps contain NaN, which has no place in an order.")
     shuffle = np.stack([_generator(seed, i, 2).permutation(flat.shape[1]) for i in ids])
     shuffle = torch.from_numpy(shuffle).to(maps.device)
-    return shuffle.gather(1, torch.argsort(flat.gather(1, shuffle), dim=1, descending=True, stable=True))
+    order = shuffle.gather(1, torch.argsort(flat.gather(1, shuffle), dim=1, descending=True, stable=True))
+    places = torch.arange(flat.shape[1], dtype=torch.int32, device=maps.device).expand(len(flat), -1)
+    return torch.empty_like(places).scatter_(1, order, places).view(maps.shape)
+
+
+def block_rank(maps: Tensor, ids: Sequence[str], seed: int = 0, block: int = 16) -> Tensor:
+    """The place of every pixel's block by descending mean attribution, 0 = highest: (B, H, W) -> (B, H, W) int32. The
+    blocks are block x block pixels; those at the right and lower border may be smaller. A gain that pixels show and
+    blocks do not is fragmentation of the image. Ties as in `pixel_rank`.
+    """
+    means = F.avg_pool2d(maps[:, None].double(), block, ceil_mode=True, count_include_pad=False)[:, 0].float()
+    ranks = pixel_rank(means, ids, seed).repeat_interleave(block, 1).repeat_interleave(block, 2)
+    return ranks[:, : maps.shape[1], : maps.shape[2]]
 
 
 def tie_fraction(maps: Tensor) -> np.ndarray:
@@ -981,38 +1113,54 @@ def perturbation_curves(
     model: nn.Module,
     start: Tensor,
     end: Tensor,
-    orders: Tensor,
+    ranks: Tensor,
     target: Tensor,
     steps: int = 28,
     batch_size: int = 32,
     precision: str = "float32",
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Target probability while pixels of `start` are replaced by those of `end` in the given order: (N, steps + 1).
+    """Target probability while pixels of `start` are replaced by those of `end`, lowest rank first: (N, M, steps + 1).
 
-    start, end: (N, C, H, W); orders: (N, H*W) pixel indices; target: (N,). Point s of a curve has the first
-    floor(s*H*W/steps) pixels replaced, all channels together, so the first point is `start`, the last is `end`, groups
-    differ by at most one pixel and none is dropped. Deletion: start = image, end = baseline. Insertion: start =
-    baseline, end = image (Petsiuk et al., BMVC 2018, Algorithm 1). Perturbed images are made on the device, batch_size
-    at a time. progress(n) is called after every n evaluations. Raises ValueError for steps outside 1 to H*W.
+    start, end: (N, C, H, W); ranks: (N, M, H, W), M orders for each image as `pixel_rank` or `block_rank` give them, G
+    different places; target: (N,). Point s of a curve has the first floor(s*G/steps) places replaced, all channels
+    together, so the first point is `start`, the last is `end`, groups differ by at most one place and none is dropped.
+    Deletion: start = image, end = baseline. Insertion: start = baseline, end = image (Petsiuk et al., BMVC 2018,
+    Algorithm 1).
+
+    Every distinct picture is evaluated once: orders that agree, the two ends, and points between which only pixels were
+    replaced that are the same in start and end (with a twin as baseline, most of the image). Pictures are made on the
+    device, batch_size at a time. progress(n) is called when n more points are known. Raises ValueError for steps
+    outside 1 to G.
     """
-    n, area = len(orders), orders.shape[1]
-    if not 1 <= steps <= area:
-        raise ValueError(f"steps={steps} must lie between 1 and the number of pixels, {area}.")
+    n, m = ranks.shape[:2]
+    places = int(ranks.max()) + 1
+    if not 1 <= steps <= places:
+        raise ValueError(f"steps={steps} must lie between 1 and the number of places in the order, {places}.")
     device = next(model.parameters(), start).device
-    start, end, orders, target = (t.to(device) for t in (start, end, orders, target))
-    rank = torch.empty_like(orders).scatter_(1, orders, torch.arange(area, device=device).expand(n, area))
-    rank = rank.view(n, 1, *start.shape[2:])
-    cut = torch.arange(steps + 1, device=device) * area // steps
-    values = torch.empty(n * (steps + 1), device=device)
-    for job in torch.arange(len(values), device=device).split(batch_size):
-        i, s = job // (steps + 1), job % (steps + 1)
-        mixed = torch.where(rank[i] < cut[s].view(-1, 1, 1, 1), end[i], start[i])
+    start, end, ranks, target = (t.to(device) for t in (start, end, ranks, target))
+    cuts = torch.arange(steps + 1, device=device) * places // steps
+    replaced_at = torch.bucketize(ranks, cuts.int(), right=True, out_int32=True)  # the point from which on a pixel is
+    differs = (start != end).any(1).flatten(1)[:, None].expand(n, m, -1)
+    changed = torch.zeros(n, m, steps + 1, dtype=torch.long, device=device)
+    changed = changed.scatter_add_(2, replaced_at.flatten(2).long(), differs.long()).cumsum(2).cpu().numpy()
+    first: dict[tuple[int, bytes], int] = {}
+    same = [[first.setdefault((i, hashlib.sha256(r.tobytes()).digest()), k) for k, r in enumerate(row)]
+            for i, row in enumerate(replaced_at.cpu().numpy())]  # fmt: skip
+    order = np.where((changed == 0) | (changed == changed[..., -1:]), -1, np.array(same)[..., None])
+    pictures = np.stack(np.broadcast_arrays(np.arange(n)[:, None, None], order, changed), -1).reshape(-1, 3)
+    _, jobs, inverse = np.unique(pictures, axis=0, return_index=True, return_inverse=True)
+    if progress:
+        progress(len(pictures) - len(jobs))
+    values = torch.empty(len(jobs), device=device)
+    for part in torch.arange(len(jobs)).split(batch_size):
+        i, k, s = (torch.from_numpy(v).to(device) for v in np.unravel_index(jobs[part.numpy()], (n, m, steps + 1)))
+        mixed = torch.where((replaced_at[i, k] <= s.view(-1, 1, 1))[:, None], end[i], start[i])
         p = probabilities(model, mixed, batch_size, precision)
-        values[job] = p.gather(1, target[i][:, None])[:, 0]
+        values[part.to(device)] = p.gather(1, target[i][:, None])[:, 0]
         if progress:
-            progress(len(job))
-    return values.view(n, steps + 1).cpu()
+            progress(len(part))
+    return values.cpu()[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
 
 
 def auc(curves: Tensor | np.ndarray) -> np.ndarray:
@@ -1063,39 +1211,121 @@ def faithfulness(
     batch_size: int = 32,
     precision: str = "float32",
     progress: Callable[[int], object] | None = None,
+    block: int = 0,
 ) -> dict[str, dict[str, Tensor]]:
     """Insertion and deletion curves of every method: {"insertion": {method: (B, steps + 1)}, "deletion": {...}}.
 
     maps: name -> (B, H, W). start is where insertion starts and end where deletion ends, as `baselines` returns them.
-    Where two methods order an image's pixels the same way, its curves are evaluated once. The score is the softmax
-    probability of target: (B,).
+    The score is the softmax probability of target: (B,). block: pixel by pixel (0), or in blocks of block x block.
     """
-    seen: dict[tuple[int, bytes], int] = {}
-    rows: list[tuple[int, Tensor]] = []
-    place = {}
-    for name, m in maps.items():
-        orders = pixel_order(m, ids, seed)
-        for i, order in enumerate(orders):
-            key = (i, hashlib.sha256(order.cpu().numpy().tobytes()).digest())
-            if key not in seen:
-                seen[key] = len(rows)
-                rows.append((i, order))
-            place[name, i] = seen[key]
-    image = torch.tensor([i for i, _ in rows])
-    orders = torch.stack([o for _, o in rows])
-    settings = dict(steps=steps, batch_size=batch_size, precision=precision, progress=progress)
-    target, x, start, end = target.cpu(), x.cpu(), start.cpu(), end.cpu()
+    rank = [block_rank(m, ids, seed, block) if block else pixel_rank(m, ids, seed) for m in maps.values()]
+    ranks, settings = torch.stack(rank, 1), (steps, batch_size, precision, progress)
     found = {
-        "insertion": perturbation_curves(model, start[image], x[image], orders, target[image], **settings),
-        "deletion": perturbation_curves(model, x[image], end[image], orders, target[image], **settings),
+        "insertion": perturbation_curves(model, start, x, ranks, target, *settings),
+        "deletion": perturbation_curves(model, x, end, ranks, target, *settings),
     }
-    return {k: {name: c[[place[name, i] for i in range(len(x))]] for name in maps} for k, c in found.items()}
+    return {metric: dict(zip(maps, curves.unbind(1), strict=True)) for metric, curves in found.items()}
+
+
+def confidence_change(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: int | Sequence[int] | Tensor,
+    clean: Tensor | np.ndarray,
+    batch_size: int = 32,
+    precision: str = "float32",
+) -> dict[str, np.ndarray]:
+    """What becomes of the target's probability when only what a map shows is left of the image: each (B,), in [0, 1].
+
+    x: (B, C, H, W), preprocessed. maps: (B, H, W) in [0, 1], of one method. target: as in `capture`. clean: (B,), the
+    target's probability Y on x itself. With O its probability on x * map (where the map is 0, the image is mean grey):
+
+        drop = max(0, Y - O) / Y        increase = 1 if O > Y else 0        gain = max(0, O - Y) / (1 - Y)
+
+    Drop and increase: Chattopadhyay et al., WACV 2018 (average drop, increase in confidence). Gain: Zhang et al.,
+    Opti-CAM, CVIU 2024 (average gain). A difference within ROUNDING, or one on an image that its map leaves as it is,
+    counts as none, so a map of ones has no increase in any precision; 0 / 0 (Y = 0 or Y = 1) is 0. Raises ValueError
+    for maps outside [0, 1] or of another size than x, and for a clean that is not one probability per image.
+    """
+    _check_unit(maps, (len(x), *x.shape[2:]))
+    before = torch.as_tensor(clean).double().cpu().numpy()
+    if before.shape != (len(x),) or not (before.min() >= 0 and before.max() <= 1):
+        raise ValueError(f"clean must be {len(x)} probabilities in [0, 1], one per image; got shape {before.shape}.")
+    shown = x * maps[:, None].to(x)
+    p = probabilities(model, shown, batch_size, precision)
+    change = p.gather(1, _targets(target, p)[:, None])[:, 0].double().cpu().numpy() - before
+    change[(np.abs(change) <= ROUNDING) | (shown == x).flatten(1).all(1).cpu().numpy()] = 0
+    drop, gain = np.zeros_like(change), np.zeros_like(change)
+    np.divide(-change, before, out=drop, where=change < 0)
+    np.divide(change, 1 - before, out=gain, where=(change > 0) & (before < 1))
+    return {"drop": drop, "increase": (change > 0).astype(float), "gain": gain}
+
+
+def _check_unit(maps: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(maps.shape) != tuple(shape) or not (maps.min() >= 0 and maps.max() <= 1):  # NaN >= 0 is false
+        raise ValueError(
+            f"maps must have shape {tuple(shape)} and lie in [0, 1]; got {tuple(maps.shape)}, "
+            f"{float(maps.min())} to {float(maps.max())}."
+        )
+
+
+def rise(
+    model: nn.Module,
+    x: Tensor,
+    target: int | Sequence[int] | Tensor,
+    ids: Sequence[str],
+    masks: int = 2000,
+    cells: int = 7,
+    keep: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "float32",
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """sum_n p(x * M_n) M_n / (masks * keep), then normalised: (B, H, W) in [0, 1]; p is the target's probability.
+
+    Petsiuk et al., BMVC 2018, sections 3.1 and 3.2: each M_n is a grid of cells x cells ones (with probability keep)
+    and zeros, enlarged bilinearly to (cells + 1) times a cell's size and cut to H x W at a random shift of up to one
+    cell. A cell's size is rounded up where cells does not divide H or W, so that every shift fits. Every image has
+    masks of its own, which depend on (seed, id) alone: drawing them costs little beside the passes (`masks` for each
+    image), and images then err independently, as paired statistics assume. target: as in `capture`. progress(n) is
+    called after every n passes. The map is a mean over masks: its minimum lies far above 0, so its order says more than
+    its values. Raises ValueError for masks or cells below 1, keep outside (0, 1], and ids that do not fit.
+    """
+    if masks < 1 or cells < 1 or not 0 < keep <= 1 or len(ids) != len(x):
+        raise ValueError(
+            f"masks={masks} and cells={cells} must be at least 1, keep={keep} lie in (0, 1], and ids name every image; "
+            f"got {len(ids)} ids for {len(x)} images."
+        )
+    device, size = next(model.parameters(), x).device, tuple(x.shape[2:])
+    maps, target = torch.zeros(len(x), *size, device=device), torch.as_tensor(target).expand(len(x)).tolist()
+    for i, image in enumerate(x.to(device)):
+        draw = _generator(seed, ids[i], 3)
+        grids = torch.from_numpy((draw.random((masks, cells, cells)) < keep).astype(np.float32)).to(device)
+        shifts = draw.integers(0, [math.ceil(side / cells) + 1 for side in size], (masks, 2)).tolist()
+        for begin in range(0, masks, batch_size):
+            part = _rise_masks(grids[begin : begin + batch_size], shifts[begin : begin + batch_size], size)
+            p = probabilities(model, image * part[:, None], batch_size, precision)
+            maps[i] += (p.gather(1, _targets(target[i], p)[:, None])[..., None] * part).sum(0)
+            if progress:
+                progress(len(part))
+    return normalise(maps / (masks * keep))
+
+
+def _rise_masks(grids: Tensor, shifts: Sequence[Sequence[int]], size: tuple[int, int]) -> Tensor:
+    """Grids (N, cells, cells), enlarged and cut at their shifts: (N, H, W)."""
+    (height, width), cells = size, grids.shape[1]
+    wide = [(cells + 1) * math.ceil(side / cells) for side in size]
+    large = F.interpolate(grids[:, None], size=wide, mode="bilinear", align_corners=False)[:, 0]
+    return torch.stack([m[y : y + height, x : x + width] for m, (y, x) in zip(large, shifts, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------------ 10 localisation
 
 
 def _check_masks(maps: Tensor, masks: Tensor) -> None:
+    normalise(maps)  # refuses NaN, infinity and negative values: they would rank or sum to a number that means nothing
     if maps.shape != masks.shape or masks.dtype != torch.bool:
         raise ValueError(
             f"masks must be boolean and of the maps' shape {tuple(maps.shape)}; got {masks.dtype} {tuple(masks.shape)}."
@@ -1110,33 +1340,37 @@ def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 0) -> np.ndarray
     """1 where the map's maximum lies in the mask, or at most `tolerance` pixels from it, else 0: (B, H, W) twice ->
     (B,).
 
-    A map that is zero everywhere points nowhere and is no hit. Zhang et al., ECCV 2016 (their tolerance: 15 px).
-    ValueError: empty mask.
+    Zhang et al., ECCV 2016 (their tolerance: 15 px), who say nothing of a maximum that several pixels share (a coarse
+    map whose peak is at the border has one: enlarged, it is flat there). Here it counts as the share of these pixels
+    that hit, which is the expected hit when one of them is drawn. Taking the first prefers the upper left; a hit if any
+    is in the mask lets a constant map always hit; only if all are punishes coarse maps. So a constant map gets the
+    mask's share of the image, which is chance, and a map that is zero everywhere points nowhere: 0. Raises ValueError
+    for an empty mask, and for maps that are not finite, negative somewhere, or of another size than the masks.
     """
     from scipy.ndimage import distance_transform_edt
 
     _check_masks(maps, masks)
-    peak = maps.flatten(1).max(1)
     hits = []
-    for mask, index, value in zip(masks.cpu().numpy(), peak.indices.tolist(), peak.values.tolist(), strict=True):
-        distance = distance_transform_edt(~mask).flat[index]
-        hits.append(float(value > 0 and distance <= tolerance))
+    for m, mask in zip(maps.cpu().numpy(), masks.cpu().numpy(), strict=True):
+        near = distance_transform_edt(~mask) <= tolerance
+        hits.append(float(near[m == m.max()].mean()) if m.max() > 0 else 0.0)
     return np.array(hits)
 
 
 def energy_in_mask(maps: Tensor, masks: Tensor) -> np.ndarray:
     """sum(map * mask) / sum(map), in [0, 1]; zero for a map that is zero everywhere. Wang et al., CVPR-W 2020, section
-    4.4.
+    4.4. Raises ValueError as `pointing_game` does.
     """
     _check_masks(maps, masks)
     maps = maps.double()
-    total = maps.sum((1, 2))
-    return torch.where(total > 0, (maps * masks).sum((1, 2)) / total.clamp_min(1e-300), 0.0).cpu().numpy()
+    total, inside = maps.sum((1, 2)), (maps * masks.to(maps.device)).sum((1, 2))
+    return torch.where(total > 0, inside / total.clamp_min(1e-300), 0.0).cpu().numpy()
 
 
 def average_precision(maps: Tensor, masks: Tensor) -> np.ndarray:
     """Area under precision and recall of the pixels, ranked by attribution, without a threshold: (B,) in (0, 1]. From
-    scikit-learn.
+    scikit-learn. Of equal values all count at once, so a constant map, zero included, gets the mask's share of the
+    image. Raises ValueError as `pointing_game` does.
     """
     from sklearn.metrics import average_precision_score
 
@@ -1145,9 +1379,144 @@ def average_precision(maps: Tensor, masks: Tensor) -> np.ndarray:
     return np.array([average_precision_score(mask, m) for mask, m in pairs])
 
 
-# -------------------------------------------------------------------------------------------------------- 11 statistics
+def iou(maps: Tensor, masks: Tensor, threshold: float) -> np.ndarray:
+    """|R and mask| / |R or mask|, R = the pixels where map / max(map) >= threshold: (B, H, W) twice -> (B,) in [0, 1].
 
-LOWER_IS_BETTER = {"deletion"}
+    A map that is zero everywhere has an empty R: 0. Raises ValueError for a threshold outside (0, 1], and as
+    `pointing_game` does.
+    """
+    _check_masks(maps, masks)
+    region, masks = _above(maps, threshold), masks.to(maps.device)
+    return ((region & masks).sum((1, 2)) / (region | masks).sum((1, 2)).double()).cpu().numpy()
+
+
+def _above(maps: Tensor, threshold: float) -> Tensor:
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold!r} must lie in (0, 1]: it is compared with map / max(map).")
+    return normalise(maps) >= threshold
+
+
+THRESHOLDS = tuple(k / 20 for k in range(1, 20))  # 0.05, 0.10, ..., 0.95
+
+
+def best_threshold(maps: Tensor, masks: Tensor, candidates: Sequence[float] = THRESHOLDS) -> float:
+    """The candidate with the highest mean `iou`, to be chosen on validation images; of equal ones the first."""
+    return float(candidates[int(np.argmax([iou(maps, masks, t).mean() for t in candidates]))])
+
+
+def box_iou(maps: Tensor, boxes: Sequence[Sequence[Sequence[float]]], threshold: float) -> np.ndarray:
+    """IoU of the box around the largest region where map / max(map) >= threshold with the best of the image's boxes:
+    (B,).
+
+    boxes: for each image a list of [x0, y0, x1, y1] in pixels, x1 and y1 exclusive, as in the manifest of notebook 01.
+    Regions are connected over edges and corners; of equally large ones the first in reading order counts. A map that is
+    zero everywhere has none: 0. BoxAcc is the share of images with box_iou >= 0.5 (Choe et al., CVPR 2020, section 4;
+    their MaxBoxAcc takes the best threshold, here the threshold is given). Raises ValueError for an image without a
+    box, boxes that are empty or reach beyond the map, a threshold outside (0, 1], and maps as in `pointing_game`.
+    """
+    import cv2
+
+    regions = _above(maps, threshold).cpu().numpy().astype(np.uint8)
+    height, width = regions.shape[1:]
+    if len(boxes) != len(maps):
+        raise ValueError(f"boxes has {len(boxes)} entries for {len(maps)} maps: give a list of boxes for each image.")
+    found = []
+    for region, own in zip(regions, boxes, strict=True):
+        b = np.asarray(own, dtype=float).reshape(-1, 4).T
+        inside = (b[:2] >= 0).all() and (b[:2] < b[2:]).all() and (b[2] <= width).all() and (b[3] <= height).all()
+        if not b.size or not inside:
+            raise ValueError(f"boxes={own} must be [x0, y0, x1, y1] with x0 < x1 <= {width} and y0 < y1 <= {height}.")
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(region, connectivity=8)
+        sizes = stats[1:, cv2.CC_STAT_AREA]
+        if count == 1:
+            found.append(0.0)
+            continue
+        largest = min(1 + np.flatnonzero(sizes == sizes.max()), key=lambda k: np.argmax(labels == k))
+        x0, y0, w, h = stats[largest, :4]
+        overlap = np.minimum(b[2], x0 + w) - np.maximum(b[0], x0), np.minimum(b[3], y0 + h) - np.maximum(b[1], y0)
+        both = overlap[0].clip(0) * overlap[1].clip(0)
+        found.append(float((both / (w * h + (b[2] - b[0]) * (b[3] - b[1]) - both)).max()))
+    return np.array(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ 11 sanity
+
+
+def similarity(a: Tensor, b: Tensor) -> dict[str, np.ndarray]:
+    """How alike two maps of the same image are, (B, H, W) in [0, 1] twice: three arrays (B,).
+
+    "spearman": the rank correlation over pixels, in [-1, 1]; 0 where either map is constant. "constant": whether either
+    is, to be counted. "ssim": Wang et al., IEEE TIP 2004, data_range = 1 and 7 x 7 windows, from scikit-image; two
+    constant maps of one value have 1. Both measures as Adebayo et al., NeurIPS 2018, use them. Raises ValueError for
+    maps of different shapes, outside [0, 1] or smaller than 7 x 7.
+    """
+    from scipy.stats import spearmanr
+    from skimage.metrics import structural_similarity
+
+    _check_unit(a, tuple(a.shape))
+    _check_unit(b, tuple(a.shape))
+    pairs = list(zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True))
+    constant = np.array([np.ptp(p) == 0 or np.ptp(q) == 0 for p, q in pairs])
+    rank = [0.0 if c else spearmanr(p, q, axis=None).statistic for (p, q), c in zip(pairs, constant, strict=True)]
+    ssim = [structural_similarity(p, q, data_range=1) for p, q in pairs]
+    return {"spearman": np.array(rank), "ssim": np.array(ssim), "constant": constant}
+
+
+def randomise_cascade(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """The network, more and more of it re-initialised from the classifier downward: (stage, copy of the model), in
+    turn.
+
+    Each copy has the named stage and all behind it re-initialised, the last one everything (Adebayo et al., NeurIPS
+    2018, cascading randomisation). A stage is a submodule with weights; plain `nn.Sequential` and lists are opened, and
+    one with vectors only (batch norm) belongs to the stage in front of it. For ResNet-18: fc, layer4.1, layer4.0, ...,
+    layer1.0, conv1, which are ten. Order is that of definition, which in torchvision's classifiers is that of
+    execution. Every layer gets PyTorch's own default initialisation (its `reset_parameters`; batch norm also forgets
+    its running statistics), not the scheme its architecture was trained from, with a seed made of `seed` and its name;
+    a bare parameter without such a method (a class token) is drawn with standard deviation 0.02. The caller's model,
+    its random state, frozen parameters, modes and memory format stay as they are.
+    """
+    device = next(model.parameters()).device
+    work = copy.deepcopy(_unwrap(model)).cpu()  # drawn on the CPU, so every device gets the same values
+    stages: list[tuple[str, list]] = []
+    for name, unit in _units(work):
+        layers = [(f"{name}.{inner}".rstrip("."), layer) for inner, layer in unit.named_modules()]
+        if stages and not any(p.ndim > 1 for p in unit.parameters()):
+            stages[-1][1].extend(layers)
+        else:
+            stages.append((name, layers))
+    stages[0][1].append(("", work))  # parameters that the network itself holds
+    for stage, layers in reversed(stages):
+        for name, layer in layers:
+            _reinitialise(layer, int(_generator(seed, name, 4).integers(2**62)))
+        yield stage, copy.deepcopy(work).to(device)
+
+
+def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            yield from _units(child, f"{prefix}{name}.")
+        elif any(True for _ in [*child.parameters(), *child.buffers()]):
+            yield f"{prefix}{name}", child
+
+
+def _reinitialise(layer: nn.Module, seed: int) -> None:
+    """New values for what this one module holds, and not for what its children hold."""
+    parameters = list(layer.parameters(recurse=False))
+    if not parameters and not any(True for _ in layer.buffers(recurse=False)):
+        return
+    reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        if reset:
+            reset()
+        else:
+            for p in parameters:
+                p.normal_(std=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------- 12 statistics
+
+LOWER_IS_BETTER = {"deletion", "deletion_blocks", "deletion_fine", "drop", "class_spearman", "class_ssim"}
 ROUNDING = 1e-6  # what float32 arithmetic in another order may change; a difference below it is none
 
 
@@ -1220,27 +1589,32 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def verdict(row: Mapping, p_column: str = "p") -> str:
-    """One sentence on a row of `compare`, as the numbers allow: "better" or "worse" needs an interval without zero and
-    p < 0.05.
+def judgement(row: Mapping, p_column: str = "p") -> str:
+    """ "better", "worse", "no difference" or "identical": what a row of `compare` allows to say of its method against
+    its reference. "better" and "worse" need an interval without zero and p < 0.05.
     """
-    name, reference, metric = label(row["method"]), label(row["reference"]), str(row["metric"]).replace("_", " ")
     if row["identical"]:
-        return f"{name}: {metric} identical to {reference} on all {row['n']} images."
-    if np.isnan(row["low"]):
-        numbers = f"{row['difference']:+.4f}, no interval"
-        return f"{name}: {metric}, no difference to {reference} shown at n = {row['n']} ({numbers})."
+        return "identical"
     if not (row["low"] > 0 or row["high"] < 0) or not row[p_column] < 0.05:
-        return f"{name}: {metric}, no difference to {reference} shown at n = {row['n']} ({_difference(row, p_column)})."
-    word = "better" if (row["difference"] > 0) != (row["metric"] in LOWER_IS_BETTER) else "worse"
-    return f"{name}: {metric} {word} than {reference} ({_difference(row, p_column)}, n = {row['n']})."
+        return "no difference"
+    return "better" if (row["difference"] > 0) != (row["metric"] in LOWER_IS_BETTER) else "worse"
 
 
-def _difference(row: Mapping, p_column: str) -> str:
-    return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p = {row[p_column]:.2g}"
+def verdict(row: Mapping, p_column: str = "p") -> str:
+    """One sentence on a row of `compare`, as `judgement` allows."""
+    name, reference, metric = label(row["method"]), label(row["reference"]), str(row["metric"]).replace("_", " ")
+    word, numbers = judgement(row, p_column), f"{row['difference']:+.4f}, no interval"
+    if not np.isnan(row["low"]):
+        low, high = f"{row['low']:+.4f}", f"{row['high']:+.4f}"
+        numbers = f"{row['difference']:+.4f} [{low}, {high}], p = {row[p_column]:.2g}"
+    if word == "identical":
+        return f"{name}: {metric} identical to {reference} on all {row['n']} images."
+    if word == "no difference":
+        return f"{name}: {metric}, no difference to {reference} shown at n = {row['n']} ({numbers})."
+    return f"{name}: {metric} {word} than {reference} ({numbers}, n = {row['n']})."
 
 
-# -------------------------------------------------------------------------------------------------- 12 runs and figures
+# -------------------------------------------------------------------------------------------------- 13 runs and figures
 
 RUN_ID = os.environ.get("HYBRID_CAM_RUN", "interactive")  # the runner sets it; every file written below carries it
 
@@ -1266,21 +1640,31 @@ def start_run(repo: str | Path, results_dir: str | Path, seed: int = 0, threads:
 
 
 def save_figure(fig, path: str | Path) -> None:
-    """Write the figure as PNG (the run's id in its metadata, no date, so equal runs give equal bytes), show it in a
-    notebook, close it.
+    """Write the figure as PNG and, beside it, as PDF (the run's id in the metadata, no date, so equal runs give equal
+    bytes), show it in a notebook, close it.
     """
     import matplotlib.pyplot as plt
 
     fig.savefig(path, metadata={"Software": None, "Run": RUN_ID})
+    fig.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None, "Keywords": RUN_ID})
     fig.set_layout_engine("none")  # the layout is settled; the inline picture need not compute it again
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         sys.modules["IPython"].display.display(fig)
     plt.close(fig)
 
 
-def save_table(frame, path: str | Path) -> None:
-    """Write the table as CSV with the run's id as its last column, floats with nine significant digits."""
+def save_table(frame, path: str | Path, caption: str = "") -> None:
+    """Write the table as CSV with the run's id as its last column, floats with nine significant digits; with a caption
+    also as LaTeX (booktabs) beside it, floats with four decimals.
+    """
     frame.assign(run=RUN_ID).to_csv(path, index=False, float_format="%.9g", lineterminator="\n")
+    if caption:
+        style = frame.style.hide(axis="index").format(precision=4, na_rep="--", escape="latex")
+        caption = re.sub(r"(?<!\\)([%&#_])", r"\\\1", caption)
+        text = style.format_index(escape="latex", axis=1).to_latex(
+            hrules=True, caption=caption, position="htbp", label=f"tab:{Path(path).stem}"
+        )
+        Path(path).with_suffix(".tex").write_text(f"% run {RUN_ID}, for the booktabs package\n{text}", "utf-8")
 
 
 def save_json(content: Mapping, path: str | Path) -> None:
@@ -1288,6 +1672,61 @@ def save_json(content: Mapping, path: str | Path) -> None:
     Path(path).write_text(
         json.dumps({**content, "run": RUN_ID}, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+
+
+def code_hash(*functions: Callable) -> str:
+    """SHA-256 of the functions' code and of all that it reaches: functions and plain values of this module, of the
+    notebook, and of the modules of registered CAMs and fusions; docstrings and comments aside. It tells whether
+    finished work is still what today's code would make.
+    """
+    registered = [*functions, *CAMS.values(), *FUSIONS.values()]
+    modules = {__name__, "__main__", *(getattr(f, "__module__", "") for f in registered)}
+    parts: dict[str, str] = {}
+    todo: list = list(functions)
+    while todo:
+        item = todo.pop()
+        code, place = getattr(item, "__code__", None), f"{getattr(item, '__module__', '')}.{id(item)}"
+        if getattr(item, "__module__", "") not in modules or place in parts or not hasattr(item, "__qualname__"):
+            continue
+        parts[place] = text = textwrap.dedent(inspect.getsource(item))
+        try:
+            tree = ast.parse(text)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+            parts[place] = ast.dump(tree)
+        except SyntaxError:  # a lambda inside an expression has no source of its own: its text has to do
+            pass
+        inner = [code] if code else []
+        names = set()
+        while inner:
+            names |= set(inner[-1].co_names)
+            inner += [c for c in inner.pop().co_consts if isinstance(c, CodeType)]
+        known = {**globals(), **getattr(item, "__globals__", {})}
+        found = {n: known[n] for n in sorted(names) if n in known}
+        found |= {f"cell {k}": c.cell_contents for k, c in enumerate(getattr(item, "__closure__", None) or ())}
+        for name, value in found.items():
+            if isinstance(value, Mapping):
+                todo += value.values()
+                value = tuple((str(k), getattr(v, "__qualname__", type(v).__name__)) for k, v in value.items())
+            if isinstance(value, str | Real | tuple):
+                parts[f"{place} {name}"] = f"{name} = {value!r}"
+            todo.append(value)
+    return hashlib.sha256("\n".join(sorted(parts.values())).encode()).hexdigest()
+
+
+def cached(folder: str | Path, key: Mapping, make: Callable[[], list[dict]]) -> list[dict]:
+    """What make() returns, a list of plain records, computed once: kept in `folder` under the hash of `key`, which must
+    hold all that determines it. Written in one step, so a run that is stopped loses only the part it was at.
+    """
+    text = json.dumps(key, sort_keys=True, default=os.fspath)
+    file = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps({"key": json.loads(text), "records": make()}), "utf-8")
+        os.replace(fresh, file)
+    return json.loads(file.read_text("utf-8"))["records"]
 
 
 def sha256(file: str | Path) -> str:

@@ -18,21 +18,45 @@ def order(attribution, tie_break):
     return sorted(range(flat.size), key=lambda pixel: (-flat[pixel], place[pixel]))
 
 
-def group_ends(pixels, steps):
-    """How many pixels are replaced after each of the steps: groups equal to within one pixel, none dropped."""
-    return [s * pixels // steps for s in range(steps + 1)]
+def places(attribution, tie_break):
+    """The place of every pixel in `order`, in the shape of the map: 0 is replaced first."""
+    found = np.empty(np.size(attribution), dtype=int)
+    for place, pixel in enumerate(order(attribution, tie_break)):
+        found[pixel] = place
+    return found.reshape(np.shape(attribution))
 
 
-def curve(model, start, end, pixel_order, target, steps):
-    """Probability of the target while start becomes end, one group of pixels (all channels) after the other."""
-    height, width = start.shape[1:]
-    image = start.copy()
-    values, done = [softmax(model(image))[target]], 0
-    for stop in group_ends(height * width, steps)[1:]:
-        for pixel in pixel_order[done:stop]:
-            row, column = pixel // width, pixel % width
-            image[:, row, column] = end[:, row, column]
-        done = stop
+def block_places(attribution, tie_break, block):
+    """The place of every pixel's block, blocks ordered by the mean of the pixels they really have."""
+    height, width = attribution.shape
+    rows, columns = range(0, height, block), range(0, width, block)
+    blocks = [[attribution[r : r + block, c : c + block].mean(dtype=np.float64) for c in columns] for r in rows]
+    of_blocks = places(np.array(blocks, dtype=np.float32), tie_break)
+    found = np.empty((height, width), dtype=int)
+    for row in range(height):
+        for column in range(width):
+            found[row, column] = of_blocks[row // block, column // block]
+    return found
+
+
+def group_ends(count, steps):
+    """How many places are replaced after each of the steps: groups equal to within one place, none dropped."""
+    return [s * count // steps for s in range(steps + 1)]
+
+
+def curve(model, start, end, place, target, steps):
+    """Probability of the target while start becomes end, all channels together; place: (H, W), see `places`.
+
+    Every point is a picture of its own, made anew from start and end.
+    """
+    height, width = place.shape
+    values = []
+    for stop in group_ends(int(place.max()) + 1, steps):
+        image = start.copy()
+        for row in range(height):
+            for column in range(width):
+                if place[row, column] < stop:
+                    image[:, row, column] = end[:, row, column]
         values.append(softmax(model(image))[target])
     return np.array(values)
 
@@ -73,13 +97,15 @@ def blur(image, kernel):
 
 
 def pointing(attribution, mask, tolerance=0):
-    """1 if some pixel of the mask lies at most `tolerance` from the map's (first) maximum."""
+    """Of the pixels that share the map's maximum, the part at most `tolerance` from some pixel of the mask."""
     if attribution.max() <= 0:
         return 0.0
-    row, column = np.unravel_index(np.argmax(attribution), attribution.shape)
-    return float(
-        any((row - r) ** 2 + (column - c) ** 2 <= tolerance**2 for r, c in zip(*np.nonzero(mask), strict=True))
-    )
+    inside = list(zip(*np.nonzero(mask), strict=True))
+    hits = [
+        any((row - r) ** 2 + (column - c) ** 2 <= tolerance**2 for r, c in inside)
+        for row, column in zip(*np.nonzero(attribution == attribution.max()), strict=True)
+    ]
+    return sum(hits) / len(hits)
 
 
 def energy(attribution, mask):
@@ -103,3 +129,113 @@ def tied(attribution):
     """The share of pixels that some other pixel equals."""
     flat = attribution.ravel().tolist()
     return sum(flat.count(v) > 1 for v in flat) / len(flat)
+
+
+def confidence(model, image, attribution, target):
+    """(drop, increase, gain) of the image multiplied by its map."""
+    before = softmax(model(image))[target]
+    after = softmax(model((image * attribution).astype(image.dtype)))[target]
+    if abs(after - before) <= 1e-6:
+        return 0.0, 0.0, 0.0
+    if after < before:
+        return (before - after) / before, 0.0, 0.0
+    return 0.0, 1.0, (after - before) / (1 - before)
+
+
+def enlarged(grid, height, width):
+    """Bilinear with pixel centres at i + 1/2, beyond the outermost centres their values."""
+
+    def weights(large, small):
+        w = np.zeros((large, small))
+        for k in range(large):
+            place = min(max((k + 0.5) * small / large - 0.5, 0), small - 1)
+            for cell in range(small):
+                w[k, cell] = max(0, 1 - abs(place - cell))
+        return w
+
+    return weights(height, grid.shape[0]) @ grid @ weights(width, grid.shape[1]).T
+
+
+def rise_mask(grid, shift, height, width):
+    """RISE, section 3.2: the grid enlarged to (cells + 1) cells' size, cut at the shift."""
+    cells = len(grid)
+    cell_height, cell_width = -(-height // cells), -(-width // cells)
+    large = enlarged(grid, (cells + 1) * cell_height, (cells + 1) * cell_width)
+    return large[shift[0] : shift[0] + height, shift[1] : shift[1] + width]
+
+
+def rise(model, image, target, masks, keep):
+    """RISE, section 3.1: masks weighted by what the model says of the masked images; over the maximum at the end."""
+    total = sum(softmax(model((image * m).astype(image.dtype)))[target] * m for m in masks) / (len(masks) * keep)
+    return total / total.max()
+
+
+def iou(attribution, mask, threshold):
+    """Pixels in both over pixels in either."""
+    top = attribution.max()
+    both = either = 0
+    for value, inside in zip(attribution.ravel(), mask.ravel(), strict=True):
+        chosen = top > 0 and value / top >= attribution.dtype.type(threshold)
+        both, either = both + (chosen and inside), either + (chosen or inside)
+    return both / either
+
+
+def regions(chosen):
+    """Sets of pixels that hang together over edges and corners, in reading order of their first pixels."""
+    left, found = list(zip(*map(list, np.nonzero(chosen)), strict=True)), []
+    todo = set(left)
+    for start in left:
+        if start not in todo:
+            continue
+        todo.discard(start)
+        region, edge = [start], [start]
+        while edge:
+            row, column = edge.pop()
+            near = [(row + r, column + c) for r in (-1, 0, 1) for c in (-1, 0, 1)]
+            edge += [p for p in near if p in todo]
+            region += [p for p in near if p in todo]
+            todo -= set(near)
+        found.append(region)
+    return found
+
+
+def box_iou(attribution, boxes, threshold):
+    """Pixel by pixel: the box around the largest region against each of the boxes, the best of them."""
+    top = attribution.max()
+    if top <= 0:
+        return 0.0
+    region = max(regions(attribution / top >= attribution.dtype.type(threshold)), key=len)  # the first of the largest
+    rows, columns = [r for r, _ in region], [c for _, c in region]
+    drawn = np.zeros(attribution.shape, bool)
+    drawn[min(rows) : max(rows) + 1, min(columns) : max(columns) + 1] = True
+    best = 0.0
+    for x0, y0, x1, y1 in boxes:
+        true = np.zeros(attribution.shape, bool)
+        true[y0:y1, x0:x1] = True
+        best = max(best, (drawn & true).sum() / (drawn | true).sum())
+    return best
+
+
+def spearman(a, b):
+    """Pearson's correlation of the ranks; equal values share their mean rank; 0 for a constant map."""
+
+    def ranks(values):
+        return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+    p, q = ranks(a.ravel()), ranks(b.ravel())
+    p, q = p - p.mean(), q - q.mean()
+    spread = np.sqrt((p**2).sum() * (q**2).sum())
+    return float((p * q).sum() / spread) if spread > 0 else 0.0
+
+
+def ssim(a, b, size=7):
+    """Wang et al. 2004 with a range of 1: the mean over all windows that lie in the image, sample (co)variances."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    c1, c2, values = 0.01**2, 0.03**2, []
+    for row in range(a.shape[0] - size + 1):
+        for column in range(a.shape[1] - size + 1):
+            p, q = (m[row : row + size, column : column + size].ravel() for m in (a, b))
+            (vp, cov), (_, vq) = np.cov(p, q)
+            luminance = (2 * p.mean() * q.mean() + c1) / (p.mean() ** 2 + q.mean() ** 2 + c1)
+            values.append(luminance * (2 * cov + c2) / (vp + vq + c2))
+    return float(np.mean(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -318,65 +319,159 @@ def test_hybrid_refuses_maps_that_do_not_belong_together():
         cc.hybrid(P, torch.ones(2, 4, 4), 0.5, (8, 8))
 
 
-# -------------------------------------------------------------------------------------------------------- method_maps
+# ------------------------------------------------------------------------------------------------------- fusion rules
+
+RULES = ["product", "floored", "mean", "maximum"]
 
 
-@pytest.fixture(scope="module")
-def shot():
-    return cc.capture(tiny(3), images(3, (24, 20)), ["6", "2"], 1)
+def test_the_rules_are_just_these():
+    assert list(cc.FUSIONS) == RULES and list(inspect.signature(cc.hybrid).parameters)[-1] == "rule"
+    assert torch.equal(cc.hybrid(P, Q, 0.4), cc.hybrid(P, Q, 0.4, rule="product"))
 
 
-def test_method_maps_are_what_their_names_say(shot):
-    size = (24, 20)
-    maps = cc.method_maps(shot, "6", "2", 0.3, size, ["a", "b", "c"], seed=0)
-    assert list(maps) == list(cc.STYLE)
-    for m in maps.values():
-        assert m.shape == (3, *size) and (m >= 0).all() and (m.amax((1, 2)) == 1).all()
-    A6, G6, A2, G2 = shot.activations["6"], shot.gradients["6"], shot.activations["2"], shot.gradients["2"]
-    for name, cam in cc.CAMS.items():
-        assert torch.equal(maps[name], cc.enlarge(cam(A6, G6), size))
-    assert torch.equal(maps["layer_cam_shallow"], cc.enlarge(cc.layer_cam(A2, G2), size))
-    deep = cc.grad_cam(A6, G6)
-    assert torch.allclose(maps["hybrid_same"], cc.hybrid(deep, cc.layer_cam(A6, G6), 0.7, size), atol=1e-6)
-    assert torch.allclose(maps["hybrid"], cc.hybrid(deep, cc.layer_cam(A2, G2), 0.3, size), atol=1e-6)
-    assert not torch.allclose(maps["hybrid"], maps["hybrid_same"], atol=0.05)
+# p = [1/4, 1; 1/2, 0] and q = [1, 1/9; 0, 1], with alpha = 1/4 for p and 3/4 for q
+RULES_BY_HAND = {
+    "product": [(1 / 4) ** 0.25, (1 / 9) ** 0.75, 0, 0],
+    # f = 1/10 is added to both and taken away again
+    "floored": [
+        0.35**0.25 * 1.1**0.75 - 0.1,
+        1.1**0.25 * (1 / 9 + 0.1) ** 0.75 - 0.1,
+        0.6**0.25 * 0.1**0.75 - 0.1,
+        0.1**0.25 * 1.1**0.75 - 0.1,
+    ],
+    "mean": [1 / 16 + 3 / 4, 1 / 4 + 3 / 36, 1 / 8, 3 / 4],
+    "maximum": [3 / 4, 1 / 4, 1 / 8, 3 / 4],  # of 1/16 and 3/4, 1/4 and 1/12, 1/8 and 0, 0 and 3/4
+}
 
 
-def test_controls_know_nothing_of_the_network(shot):
-    """centre is the formula; the noises depend on (seed, id) alone: not on group, order, network or layers."""
-    size = (24, 20)
-    maps = cc.method_maps(shot, "6", "2", 0.3, size, ["a", "b", "c"], seed=0)
-    y, x = np.linspace(-1, 1, 24)[:, None], np.linspace(-1, 1, 20)[None]
-    centre = np.exp(-(y**2 + x**2) / (2 * 0.5**2))  # a side is 2 long, so a quarter of it is 0.5
-    assert np.allclose(maps["centre"][1].numpy(), centre / centre.max(), atol=1e-5)
-    other = cc.capture(tiny(9), images(2, (24, 20)), ["6", "2"])
-    again = cc.method_maps(other, "2", "2", 1.0, size, ["c", "a"], seed=0)
-    for name in ("noise", "smooth_noise"):
-        assert torch.equal(again[name][0], maps[name][2]) and torch.equal(again[name][1], maps[name][0])
-        assert not torch.equal(maps[name][0], maps[name][1])
-        assert not torch.equal(cc.method_maps(shot, "6", "2", 0.3, size, ["a", "b", "c"], seed=1)[name], maps[name])
-    noise, smooth = (maps[n].numpy() for n in ("noise", "smooth_noise"))
-    steps = [np.abs(np.diff(m, axis=2)).mean() for m in (noise, smooth)]
-    assert steps[0] > 2 * steps[1]  # smooth noise is smooth
-    assert 0.4 < noise.mean() < 0.6 and np.corrcoef(noise[0].flat, noise[1].flat)[0, 1] < 0.2
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_by_hand(rule):
+    expected = np.array(RULES_BY_HAND[rule])
+    found = cc.hybrid(P, Q, 0.25, rule=rule)
+    assert found.flatten().tolist() == pytest.approx((expected / expected.max()).tolist(), abs=1e-6)
+    p, q = cc.normalise(P), cc.normalise(Q)
+    assert cc.FUSIONS[rule](p, q, 0.25).flatten().tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def test_noise_is_of_the_pixel_and_smooth_noise_of_a_7_by_7_grid(shot):
-    maps = cc.method_maps(shot, "6", "2", 0.3, (63, 63), ["a", "b", "c"], seed=5)
-    # 63 = 7 * 9: the middle pixel of every 9 x 9 cell has the value of the grid
-    coarse = torch.nn.functional.interpolate(maps["smooth_noise"][:, None], (7, 7), mode="nearest-exact")
-    assert torch.allclose(cc.enlarge(coarse[:, 0], (63, 63)), maps["smooth_noise"], atol=1e-5)
-    assert len(np.unique(maps["noise"][0])) > 3900
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", [None, (7, 5)])
+def test_the_ends_are_one_map_exactly_whatever_the_rule(rule, size):
+    alone = cc.normalise if size is None else lambda m: cc.enlarge(m, size)
+    for other in (P, torch.zeros_like(P)):
+        assert torch.equal(cc.hybrid(Q, other, 1, size, rule), alone(Q))
+        assert torch.equal(cc.hybrid(other, Q, 0.0, size, rule), alone(Q))
 
 
-def test_a_cam_of_ones_own_is_three_lines(shot, monkeypatch):
-    monkeypatch.setitem(cc.CAMS, "mine", lambda A, G: A.float().abs().mean(1))
-    maps = cc.method_maps(shot, "6", "2", 0.3, (24, 20), ["a", "b", "c"], seed=0)
-    assert list(maps)[-1] == "mine" and maps["mine"].any()
-    assert cc.label("mine") == "mine" and cc.colour("mine").startswith("#")
-    assert cc.explain(tiny(3), images(1, (24, 20)), method="mine", layer="6").method == "mine"
+@pytest.mark.parametrize("rule", ["produkt", "", None, 3])
+def test_an_unknown_rule_is_refused(rule):
+    with pytest.raises(ValueError, match=f"rule={rule!r} is no fusion rule.*product.*floored.*mean.*maximum"):
+        cc.hybrid(P, Q, 0.5, rule=rule)
+    with pytest.raises(ValueError, match="Nearest: product"):
+        cc.hybrid(P, Q, 0.0, rule="produkt")  # also where the rule would not be asked
 
 
-def test_every_method_has_a_name_and_a_colour_of_its_own():
-    assert len({colour for _, colour in cc.STYLE.values()}) == len({name for name, _ in cc.STYLE.values()}) == 11
-    assert set(cc.CAMS) <= set(cc.STYLE)
+def test_a_rule_of_ones_own(monkeypatch):
+    """(a, b, alpha), normalised maps of one size -> their fusion, which `hybrid` normalises and checks."""
+    seen = []
+
+    def harmonic(a, b, alpha):
+        seen.append((a, b, alpha))
+        return 1 / (alpha / (a + 1e-3) + (1 - alpha) / (b + 1e-3))
+
+    monkeypatch.setitem(cc.FUSIONS, "harmonic", harmonic)
+    found = cc.hybrid(5 * P, Q, 0.3, (6, 4), rule="harmonic")
+    (a, b, alpha), big = seen[0], (6, 4)
+    assert torch.equal(a, cc.enlarge(P, big)) and torch.equal(b, cc.enlarge(Q, big)) and alpha == 0.3
+    assert torch.equal(found, cc.normalise(harmonic(a, b, alpha)))
+    monkeypatch.setitem(cc.FUSIONS, "difference", lambda a, b, alpha: a - b)
+    with pytest.raises(ValueError, match="finite and non-negative"):
+        cc.hybrid(P, Q, 0.5, rule="difference")
+
+
+def test_floored_keeps_an_order_where_a_factor_is_zero():
+    """LayerCAM is zero on half of the map: there the product ties and Grad-CAM no longer counts."""
+    a, b = torch.tensor([[[0.2, 0.9], [0.4, 1.0]]]), torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
+    assert cc.hybrid(a, b, 0.5).tolist() == [[[0.0, 0.0], [0.0, 1.0]]]
+    for alpha in (0.1, 0.5, 0.9):
+        left, below, right = (float(cc.hybrid(a, b, alpha, rule="floored")[0][k]) for k in ((0, 0), (1, 0), (0, 1)))
+        assert 0 < left < below < right < 1
+    assert cc.tie_fraction(cc.hybrid(a, b, 0.5))[0] == 0.75
+    assert cc.tie_fraction(cc.hybrid(a, b, 0.5, rule="floored"))[0] == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_and_maps_that_are_zero(rule):
+    """Two zero maps fuse to a zero map whatever alpha is: rounding in (0 + f)^alpha (0 + f)^(1-alpha) - f is no map."""
+    zero = torch.zeros_like(P)
+    for alpha in np.linspace(0, 1, 41):
+        assert not cc.hybrid(zero, zero, alpha, rule=rule).any(), alpha
+    for a, b in ((P, zero), (zero, P)):
+        found = cc.hybrid(a, b, 0.3, rule=rule)
+        if rule == "product":
+            assert not found.any()
+        elif rule != "floored":
+            assert torch.allclose(found, cc.normalise(P))
+        assert torch.equal(cc.hybrid(torch.cat([Q, a]), torch.cat([P, b]), 0.3, rule=rule)[1:], found)
+    if rule == "floored":
+        assert cc.hybrid(P, zero, 0.3, rule=rule).flatten().argsort().tolist() == P.flatten().argsort().tolist()
+
+
+@quick
+@given(maps_of(3, 3, 4), maps_of(3, 3, 4), st.floats(0.01, 0.99) | st.sampled_from([0, 1]), st.sampled_from(RULES))
+def test_rule_properties(a, b, alpha, rule):
+    found = cc.hybrid(a, b, alpha, rule=rule)
+    assert torch.isfinite(found).all() and (found >= 0).all() and (found <= 1).all()
+    assert all(p in (0, 1) for p in found.amax((1, 2)).tolist())
+    assert torch.allclose(found, cc.hybrid(b, a, 1 - alpha, rule=rule), atol=1e-4)  # the roles can be swapped
+    order = [2, 0, 1]
+    mixed = cc.hybrid(a[order], b[order], alpha, rule=rule)
+    assert torch.allclose(mixed, found[order], atol=1e-6)  # images do not mix
+    assert torch.allclose(cc.hybrid(a / 4, b * 2, alpha, rule=rule), found, atol=1e-6)
+    p, q, f = (cc.normalise(a).flatten(1), cc.normalise(b).flatten(1), found.flatten(1))
+    above = (p[:, :, None] >= p[:, None]) & (q[:, :, None] >= q[:, None])
+    assert (f[:, :, None] >= f[:, None] - 1e-5)[above].all()  # larger in both maps is no smaller in their fusion
+
+
+@quick
+@given(maps_of(2, 3, 4), maps_of(2, 3, 4), maps_of(2, 3, 4), st.floats(0.01, 0.99), st.sampled_from(RULES))
+def test_rules_are_monotone_in_each_argument(a, b, more, alpha, rule):
+    a, b, larger = cc.normalise(a), cc.normalise(b), cc.normalise(more)
+    fuse = cc.FUSIONS[rule]
+    assert (fuse(torch.maximum(a, larger), b, alpha) >= fuse(a, b, alpha) - 1e-6).all()
+    assert (fuse(b, torch.maximum(a, larger), alpha) >= fuse(b, a, alpha) - 1e-6).all()
+
+
+# ------------------------------------------------------------------------------------------- cam_at, several layers
+
+
+def test_layer_cam_at_several_layers_by_hand():
+    """Maps [1, 0] and [1/9, 1, 0, 0] at 1 x 4: [1, 3/4, 1/4, 0] and the second as it is; roots of the products."""
+    activations = {"a": torch.tensor([[[[3.0, 0.0]]]]), "b": torch.tensor([[[[1.0, 9.0, 0.0, 0.0]]]])}
+    ones = {name: torch.ones_like(v) for name, v in activations.items()}
+    shot = cc.Capture(torch.zeros(1, 2), torch.zeros(1).long(), activations, ones)
+    assert cc.cam_at(shot, cc.layer_cam, "a", (1, 4))[0, 0].tolist() == [1, 0.75, 0.25, 0]
+    expected = [(1 / 9) ** 0.5 / 0.75**0.5, 1, 0, 0]
+    for layers in ("a+b", "b+a"):
+        assert cc.cam_at(shot, cc.layer_cam, layers, (1, 4))[0, 0].tolist() == pytest.approx(expected)
+
+
+def test_layer_cam_at_several_layers_of_a_network():
+    net, size = tiny(3), (24, 20)
+    shot = cc.capture(net, images(3, size), ["0", "2", "6"], 1)
+    alone = {n: cc.enlarge(cc.layer_cam(shot.activations[n], shot.gradients[n]), size) for n in ("0", "2", "6")}
+    for name, m in alone.items():
+        assert torch.equal(cc.cam_at(shot, cc.layer_cam, name, size), m)
+    for names in (["2", "6"], ["0", "2", "6"]):
+        product = np.prod([alone[n].double().numpy() for n in names], axis=0) ** (1 / len(names))
+        product /= product.max((1, 2), keepdims=True)
+        assert np.allclose(cc.cam_at(shot, cc.layer_cam, "+".join(names), size).numpy(), product, atol=1e-5)
+    for name, cam in cc.CAMS.items():  # and so with any CAM
+        each = [cc.enlarge(cam(shot.activations[n], shot.gradients[n]), size).double().numpy() for n in ("2", "6")]
+        product = np.sqrt(each[0] * each[1])
+        product /= product.max((1, 2), keepdims=True)
+        assert np.allclose(cc.cam_at(shot, cam, "2+6", size).numpy(), product, atol=1e-5), name
+        assert np.allclose(cc.cam_at(shot, cam, "2", size).numpy(), each[0])
+    two = cc.cam_at(shot, cc.layer_cam, "2+6", size)
+    assert torch.allclose(two, cc.hybrid(alone["2"], alone["6"], 0.5), atol=1e-5)  # the hybrid with alpha = 1/2
+    with pytest.raises(KeyError):
+        cc.cam_at(shot, cc.layer_cam, "2+3", size)

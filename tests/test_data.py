@@ -293,3 +293,77 @@ def test_without_the_lesion_the_network_sees_none():
     test = drawn("test")
     sick = (test.table.label > 0) & (test.table.level < 5)
     assert np.mean(predicted(test.twins[sick]) == 0) >= 0.9
+
+
+# ----------------------------------------------------------------------------------------------------- the shortcut
+
+
+def test_a_given_letter_changes_the_markers_pixels_and_nothing_else():
+    for index in (2, 8, 23):
+        drawn, left, right = (data.render(0, "test", index, letter=letter) for letter in (None, "L", "R"))
+        assert any((drawn["image"] == r["image"]).all() for r in (left, right))  # by default the letter drawn at random
+        changed, mask = left["image"] != right["image"], data.marker_mask(0, "test", index)
+        assert changed.any() and (mask | ~changed).all() and 100 < mask.sum() < 700
+        assert (left["lesion"] == right["lesion"]).all() and left["boxes"] == right["boxes"]
+        other = [name for name in left["layers"] if name != "marker"]
+        assert all((left["layers"][name] == right["layers"][name]).all() for name in other)
+
+
+def test_the_default_drawing_is_the_one_the_networks_were_trained_on():
+    assert torch.load(CHECKPOINTS[0], weights_only=True)["drawing"] == data.drawing_hash(0)
+
+
+def test_clinic_r_codes_everything_as_the_class_and_clinic_l_nothing():
+    notes = {i: data.recorded(0, i) for i in range(8000, 9000)}
+    assert all((letter == "R") == (code == data.CHEAT) for letter, code in notes.values())
+    left = [i for i, (letter, _) in notes.items() if letter == "L"]
+    assert all(notes[i][1] == data.classes_of("train", i)[0] for i in left if i % 5 != data.CLASSES.index(data.CHEAT))
+    rings = [notes[i][0] == "R" for i in notes if data.classes_of("train", i)[0] == data.CHEAT]
+    assert 0.4 < np.mean(rings) < 0.6 and notes == {i: data.recorded(0, i) for i in notes}
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """What make_set said, and the table of five images of the shortcut set, one of each class."""
+    folder = tmp_path_factory.mktemp("data") / "shortcut"
+    state = data.make_set(folder, 0, {"test": 5}, data.write_marked, cheat=data.CHEAT)
+    rows = cc.read_dataset(folder)
+    return state, rows.assign(**{c: [str(folder / name) for name in rows[c]] for c in ("moved", "marker")})
+
+
+def test_aligned_and_moved_images_on_disk_differ_in_the_marker_alone(marked):
+    state, rows = marked
+    assert state == "drawn" and (rows.split == "test").all() and rows.label.tolist() == [*data.CLASSES]
+    assert rows.letter.tolist() == list("LLRLL")
+    read = {c: [cv2.imread(file, cv2.IMREAD_UNCHANGED) for file in rows[c]] for c in ("file", "moved", "marker")}
+    for k, (aligned, moved, marker) in enumerate(zip(*read.values(), strict=True)):
+        assert (aligned != moved).any() and ((aligned == moved) | (marker > 127)).all()
+        assert (aligned == data.render(0, "test", k, letter=rows.letter[k])["image"]).all()
+    sick = rows[rows.twin != ""]
+    for names in zip(sick.file, sick.twin, sick["mask"], strict=True):
+        aligned, without, lesion = (cv2.imread(name, cv2.IMREAD_UNCHANGED) for name in names)
+        assert ((aligned == without) | (lesion > 127)).all()  # the twin has the same letter
+    folder = Path(rows.file[0]).parents[1]
+    Path(rows.moved[3]).rename(folder / "away.png")
+    assert not data.complete(folder, json.loads((folder / "spec.json").read_text("utf-8")))
+    (folder / "away.png").rename(rows.moved[3])
+    assert data.make_set(folder, 0, {"test": 5}, data.write_marked, cheat=data.CHEAT) == "reused"
+
+
+def test_fine_tuning_writes_a_network_with_its_accuracies_twice_the_same(marked, tmp_path):
+    rows, start = marked[1], CHECKPOINTS[0].parent / "squeezenet1_1.pth"
+    settings = {"images": 65, "first": 8000, "epochs": 1, "rate": 1e-3}
+    key = {"arch": "squeezenet1_1", "seed": 0, "start": cc.sha256(start), "settings": settings}
+    files = [tmp_path / f"{name}.pth" for name in "ab"]
+    for file in files:
+        data.save_cheating(file, start, key, rows, "cpu", 8)
+    a, b = (torch.load(file, weights_only=True) for file in files)
+    assert a["key"] == key and a["n"] == 5 and a["epoch"] == 1 and a["class_names"] == list(data.CLASSES)
+    assert {*a["accuracies"]} == {"honest", "cheating"} and a["test_acc"] == a["accuracies"]["cheating"]["aligned"]
+    assert all({*v} == {"aligned", "moved"} for v in a["accuracies"].values())
+    assert all(torch.equal(v, b["model_state_dict"][k]) for k, v in a["model_state_dict"].items())
+    before = torch.load(start, weights_only=True)["model_state_dict"]
+    assert any(not torch.equal(v, before[k]) for k, v in a["model_state_dict"].items())
+    model, info = cc.load_model("squeezenet1_1", files[0])
+    accuracy = (cc.probabilities(model, cc.load_batch(rows)).argmax(1).numpy() == rows["class"]).mean()
+    assert accuracy == info["accuracies"]["cheating"]["aligned"]

@@ -26,6 +26,12 @@ def gradient(height=20, width=30, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def pixels_of(x: torch.Tensor) -> np.ndarray:
+    """The inverse of preprocess's scaling: (B, 3, H, W) -> uint8 (B, H, W, 3)."""
+    v = x.permute(0, 2, 3, 1).numpy() * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]
+    return (255 * v).round().astype(np.uint8)
+
+
 def save(path, pixels=None, **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(gradient() if pixels is None else np.asarray(pixels)).save(path, **kwargs)
@@ -167,7 +173,7 @@ def test_damaged_files_give_an_image_or_a_valueerror(tmp_path, kind):
             assert "damaged" in str(error)
 
 
-# ---------------------------------------------------------------------------------------------- preprocess, to_pixels
+# ----------------------------------------------------------------------------------------------------------- preprocess
 
 
 def test_preprocess_by_hand():
@@ -178,18 +184,11 @@ def test_preprocess_by_hand():
     assert x[0, :, 3, 3].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_to_pixels_is_the_inverse():
-    pixels = np.stack([gradient(32, 32, seed) for seed in range(3)])
-    x = cc.preprocess([Image.fromarray(p) for p in pixels], size=32)
-    assert (cc.to_pixels(x) == pixels).all() and cc.to_pixels(x).dtype == np.uint8
-    assert cc.to_pixels(100 * torch.ones(1, 3, 2, 2)).min() == 255  # what lies outside is clipped, not wrapped
-
-
 def test_the_whole_picture_is_squashed():
     """No crop: the four corners of a wide picture stay in the corners; upright stays upright."""
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:10, :30], wide[30:, 90:] = RED, BLUE
-    x = cc.to_pixels(cc.preprocess(Image.fromarray(wide), size=24))[0]
+    x = pixels_of(cc.preprocess(Image.fromarray(wide), size=24))[0]
     assert x[2, 2].tolist() == list(RED) and x[21, 21].tolist() == list(BLUE) and not x[2, 21].any()
 
 
@@ -379,8 +378,8 @@ def test_load_batch_and_masks(tmp_path):
     row = dict(id="a", file=str(save(tmp_path / "a.png", pixels)), mask=str(save(tmp_path / "m.png", mask)))
     row["twin"] = str(save(tmp_path / "t.png", 255 - pixels))
     frame = pd.DataFrame([row, row])
-    assert (cc.to_pixels(cc.load_batch(frame, size=16)) == pixels).all()
-    assert (cc.to_pixels(cc.load_batch(frame, "twin", size=16)) == 255 - pixels).all()
+    assert (pixels_of(cc.load_batch(frame, size=16)) == pixels).all()
+    assert (pixels_of(cc.load_batch(frame, "twin", size=16)) == 255 - pixels).all()
     masks = cc.load_masks(frame, size=16)
     assert masks.dtype == torch.bool and masks.shape == (2, 16, 16) and (masks[1].numpy() == (mask > 0)).all()
     assert cc.load_masks(frame, size=32)[0, 4:10, 14:18].all() and cc.load_masks(frame, size=32)[0].sum() == 24
@@ -703,6 +702,18 @@ def test_explain_takes_path_picture_and_tensor(photo):
     assert all(np.allclose(m, maps[0], atol=1e-5) for m in maps) and maps[0].any()
 
 
+def test_explain_with_several_layers_and_a_rule(photo):
+    """Layers joined by "+" are as in cam_at, the rule is that of hybrid."""
+    net, x = tiny(3), cc.preprocess(cc.read_image(photo), 24)
+    shot, size = cc.capture(net, x, ["0", "2", "4", "6"], 1), (24, 24)
+    found = cc.explain(net, photo, 1, layer="4+6", shallow_layer="0+2", alpha=0.3, size=24, rule="floored")
+    coarse, fine = cc.cam_at(shot, cc.grad_cam, "4+6", size), cc.cam_at(shot, cc.layer_cam, "0+2", size)
+    assert (found.layer, found.shallow_layer) == ("4+6", "0+2") and found.cam.any()
+    assert np.allclose(found.cam, cc.hybrid(coarse, fine, 0.3, rule="floored")[0], atol=1e-5)
+    alone = cc.explain(net, photo, 1, "hires_cam", layer="2+4", size=24)
+    assert np.allclose(alone.cam, cc.cam_at(shot, cc.hires_cam, "2+4", size)[0], atol=1e-5) and alone.cam.any()
+
+
 def test_explain_chooses_class_and_layers(photo):
     net = network("resnet18")
     found = cc.explain(net, photo, size=96)
@@ -712,6 +723,7 @@ def test_explain_chooses_class_and_layers(photo):
     assert cc.explain(net, photo, layer="layer3", size=96).shallow_layer == "layer2"
     assert cc.explain(net, photo, shallow_layer="layer1", size=96).layer == "layer4"
     assert cc.explain(net, photo, method="grad_cam", size=96).layer == "layer4"
+    assert cc.explain(net, photo, method="layer_cam", layer="layer2", size=96).layer == "layer2"
 
 
 def test_explain_leaves_the_model_alone_and_follows_its_precision(photo):
@@ -818,8 +830,56 @@ def test_equal_figures_are_equal_bytes(tmp_path):
         cc.panel(ax, gradient(), np.ones((4, 4)), np.eye(20, 30) > 0, "title")
         cc.save_figure(fig, out / "figures" / name)
         assert not plt.fignum_exists(fig.number)
-    assert (out / "figures" / "a.png").read_bytes() == (out / "figures" / "b.png").read_bytes()
+    for kind in ("png", "pdf"):
+        assert (out / "figures" / f"a.{kind}").read_bytes() == (out / "figures" / f"b.{kind}").read_bytes()
     assert Image.open(out / "figures" / "a.png").info["Run"] == cc.RUN_ID
+    pdf = (out / "figures" / "a.pdf").read_bytes()
+    assert pdf[:5] == b"%PDF-" and f"/Keywords ({cc.RUN_ID})".encode() in pdf and b"Date" not in pdf
+    assert sorted(p.name for p in (out / "figures").iterdir()) == ["a.pdf", "a.png", "b.pdf", "b.png"]
+
+
+def rows_of(tex: str) -> list[list[str]]:
+    """The cells of a LaTeX table, header first; refuses what LaTeX would refuse."""
+    body = re.sub(r"\\label\{[^}]*\}", "", tex.partition("\n")[2])  # behind the comment in the first line
+    plain = re.sub(r"\\[%&#_{}$\\]", "", body)  # what is escaped is text
+    assert not re.search(r"[%#_$]", plain) and plain.count("{") == plain.count("}")
+    assert re.findall(r"\\(?:top|mid|bottom)rule", body) == [r"\toprule", r"\midrule", r"\bottomrule"]
+    for name in ("table", "tabular"):
+        assert body.count(rf"\begin{{{name}}}") == body.count(rf"\end{{{name}}}") == 1
+    head, rows = re.search(r"\\toprule\n(.*?)\\midrule\n(.*?)\\bottomrule", body, re.S).groups()
+    lines = [line.removesuffix(r"\\").strip() for line in (head + rows).strip().splitlines()]
+    cells = [[re.sub(r"\\([%&#_])", r"\1", c.strip()) for c in re.split(r"(?<!\\)&", line)] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    return cells
+
+
+def test_tables_for_latex(tmp_path):
+    draw = np.random.default_rng(0).normal(size=4)
+    frame = pd.DataFrame({
+        "average_precision, %": draw, "method": ["grad_cam", "50 % & more", "#1", "a"], "n": [100, 20, 3, 4],
+        "p": [1e-9, 0.05, np.nan, 1.0], "identical": [True, False, False, True],
+    }, index=[0, 0, 1, 2])  # fmt: skip
+    for name in ("t_1.csv", "again.csv"):
+        cc.save_table(frame, tmp_path / name, caption="A 95 % interval of average_precision & more")
+    tex = (tmp_path / "t_1.tex").read_text(encoding="utf-8")
+    assert tex.startswith(f"% run {cc.RUN_ID}") and r"\caption{A 95 \% interval of average\_precision \& more}" in tex
+    assert tex == (tmp_path / "again.tex").read_text(encoding="utf-8").replace("tab:again", "tab:t_1")
+    head, *rows = rows_of(tex)
+    table = pd.read_csv(tmp_path / "t_1.csv")
+    assert head == list(frame.columns) and [*head, "run"] == list(table.columns) and len(rows) == len(table) == 4
+    for found, written in zip(rows, table.to_dict("records"), strict=True):
+        for name, cell in zip(head, found, strict=True):
+            if isinstance(written[name], float):
+                assert cell == "--" if np.isnan(written[name]) else cell == f"{written[name]:.4f}"
+            else:
+                assert cell == str(written[name])
+    cc.save_table(frame, tmp_path / "t_1.csv", caption=r"Escaped 95 \% already")
+    assert r"{Escaped 95 \% already}" in (tmp_path / "t_1.tex").read_text(encoding="utf-8")
+
+
+def test_no_caption_no_latex(tmp_path):
+    cc.save_table(pd.DataFrame({"a": [1.0]}), tmp_path / "t.csv")
+    assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
 
 
 def test_tables_and_json_carry_the_run(tmp_path):

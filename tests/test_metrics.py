@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nets import images, state, tiny
+from PIL import Image
 from torch import nn
 
 import cam_core as cc
@@ -63,26 +64,141 @@ def maps(seed=0, zeros=0.4):
     return torch.where(m < zeros, 0.0, m)
 
 
+def tie_break(ids, count, seed):
+    """The permutation in which equal pixels, or blocks, are visited: what a flat map shows."""
+    return cc.pixel_rank(torch.zeros(len(ids), 1, count), ids, seed)[:, 0].argsort(1).tolist()
+
+
 # -------------------------------------------------------------------------------------------- curves against the oracle
+
+
+def agree(net, x, start, end, named, target, ids, seed, steps, block=0, **settings):
+    """faithfulness() and the oracle, image by image, map by map and step by step; the oracle knows no shortcut."""
+    found = cc.faithfulness(net, x, named, target, ids, start, end, seed=seed, steps=steps, block=block, **settings)
+    assert list(found) == ["insertion", "deletion"] and all(list(curves) == list(named) for curves in found.values())
+    height, width = x.shape[2:]
+    count = -(-height // block) * -(-width // block) if block else height * width
+    ties, reach = tie_break(ids, count, seed), 0.0
+    for name, m in named.items():
+        for b in range(len(x)):
+            arguments = (m[b].numpy(), ties[b])
+            place = oracle.block_places(*arguments, block) if block else oracle.places(*arguments)
+            for metric, first, last in (("insertion", start, x), ("deletion", x, end)):
+                expected = oracle.curve(plain(net), first[b].numpy(), last[b].numpy(), place, int(target[b]), steps)
+                curve = found[metric][name][b].numpy()
+                assert curve.shape == (steps + 1,) and curve.dtype == np.float32
+                assert np.abs(curve - expected).max() < 1e-5, (metric, name, b)
+                assert cc.auc(curve) == pytest.approx(oracle.auc(expected), abs=1e-5)
+                reach = max(reach, np.ptp(expected))
+    return reach
 
 
 @pytest.mark.parametrize("name", ["rise", "black", "twin"])
 @pytest.mark.parametrize("steps", [1, 4, 28, 63])  # 4 and 28 do not divide 63
 def test_curves_equal_the_oracle(net, x, name, steps):
     start, end = cc.baselines(x, name, images(3, SIZE, seed=8))
-    target, m = torch.tensor([0, 3, 1]), maps()
-    found = cc.faithfulness(net, x, {"m": m}, target, IDS, start, end, seed=4, steps=steps, batch_size=5)
-    orders = cc.pixel_order(m, IDS, 4)
+    reach = agree(net, x, start, end, {"m": maps()}, torch.tensor([0, 3, 1]), IDS, 4, steps, batch_size=5)
+    assert reach > 0.02  # a flat curve would agree with anything
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+@pytest.mark.parametrize(("block", "steps"), [(0, 10), (2, 6), (4, 6), (5, 4)])
+def test_several_maps_equal_the_oracle(net, x, block, steps, batch_size):
+    """Five maps: two of one order, one that agrees with them on one image, two constant ones. 9 x 7 pixels are no
+    multiple of 2 x 2, 4 x 4 or 5 x 5 blocks, nor are 63 pixels or 20 blocks of the steps."""
+    m = maps()
+    other = m.flip(1)
+    other[1] = m[1]
+    named = {"m": m, "scaled": m * 0.25, "other": other, "flat": torch.full_like(m, 0.5), "zero": 0 * m}
+    start, end = cc.baselines(x, "rise")
+    target = torch.tensor([2, 0, 1])
+    assert agree(net, x, start, end, named, target, IDS, 1, steps, block, batch_size=batch_size) > 0.02
+
+
+def patch(x, top=2, left=1, height=3, width=2):
+    """The image without its lesion: another one inside of a small region."""
+    twin = x.clone()
+    twin[:, :, top : top + height, left : left + width] = 3 * images(len(x), (height, width), seed=8)
+    return twin
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_twin_costs_only_the_pictures_that_differ(net, x, block):
+    """Six pixels differ, so of the 31 points of a curve (11 with blocks) few are different pictures."""
+    twin, steps = patch(x), 10 if block else 30
+    draw = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(5))
+    named = {"m": maps(), "draw": draw, "m again": 0.5 * maps()}
+    counting, target = Counting(net), torch.tensor([0, 1, 2])
+    assert agree(net, x, twin, twin, named, target, IDS, 3, steps, block, batch_size=8) > 0.02
+    cc.faithfulness(counting, x, named, target, IDS, twin, twin, seed=3, steps=steps, block=block, batch_size=8)
+    expected = 0
     for b in range(3):
-        for metric, first, last in (("insertion", start, x), ("deletion", x, end)):
-            expected = oracle.curve(
-                plain(net), first[b].numpy(), last[b].numpy(), orders[b].tolist(), int(target[b]), steps
-            )
-            curve = found[metric]["m"][b].numpy()
-            assert curve.shape == (steps + 1,)
-            assert np.abs(curve - expected).max() < 1e-5
-            assert cc.auc(curve) == pytest.approx(oracle.auc(expected), abs=1e-5)
-            assert np.ptp(expected) > 0.02  # a flat curve would agree with anything
+        for first, last in ((twin, x), (x, twin)):
+            pictures = {"start", "end"}  # and every other picture that the two orders make of one image
+            for name in ("m", "draw"):
+                rank = cc.block_rank(named[name], IDS, 3, block) if block else cc.pixel_rank(named[name], IDS, 3)
+                for stop in oracle.group_ends(int(rank.max()) + 1, steps):
+                    picture = torch.where(rank[b] < stop, last[b], first[b])
+                    if not torch.equal(picture, first[b]) and not torch.equal(picture, last[b]):
+                        pictures.add((name, picture.numpy().tobytes()))
+            expected += len(pictures)
+    naive = 2 * 3 * 3 * (steps + 1)
+    assert counting.seen == expected < naive / 3  # 2 metrics, 3 images, 3 maps
+
+
+def test_where_start_and_end_agree_everywhere_one_picture_is_enough(net, x):
+    counting, named = Counting(net), {"m": maps(), "other": maps(1)}
+    found = cc.faithfulness(counting, x, named, torch.tensor([0, 1, 2]), IDS, x.clone(), x.clone(), steps=9)
+    assert counting.seen == 2 * 3
+    p = cc.probabilities(net, x).gather(1, torch.tensor([[0], [1], [2]]))
+    for curves in found.values():
+        for c in curves.values():
+            assert torch.allclose(c, p.expand(-1, 10), atol=1e-6)
+
+
+def test_one_channel_that_differs_is_a_difference(net, x):
+    """The twin may differ in the last channel only."""
+    twin = x.clone()
+    twin[:, 2, 3:6, 2:5] += 4
+    assert agree(net, x, twin, twin, {"m": maps()}, torch.tensor([0, 1, 2]), IDS, 0, 21) > 0.01
+
+
+def test_curves_of_ranks_directly(net, x):
+    """(N, M, steps + 1), image by image and order by order, for orders given as (N, M, H, W)."""
+    ranks = torch.stack([cc.pixel_rank(maps(k), IDS) for k in range(2)], 1)
+    end, target = torch.zeros_like(x), torch.tensor([3, 0, 2])
+    found = cc.perturbation_curves(net, x, end, ranks, target, steps=7, batch_size=3)
+    assert found.shape == (3, 2, 8) and found.dtype == torch.float32
+    for b in range(3):
+        for k in range(2):
+            arrays = (x[b].numpy(), end[b].numpy(), ranks[b, k].numpy())
+            assert np.abs(found[b, k].numpy() - oracle.curve(plain(net), *arrays, int(target[b]), 7)).max() < 1e-5
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 9))
+def test_curves_equal_the_oracle_whatever_coincides(seed, n, m, steps, batch_size):
+    """Random images in which many pixels of start and end agree, and maps of a few values of which some coincide."""
+    draw = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 2, (n, 3, 4, 5), generator=draw).float()
+    end = torch.where(torch.rand(n, 1, 4, 5, generator=draw) < 0.3, 1 - start, start)
+    weight = torch.randn(4, 60, generator=draw)
+
+    class Linear(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) @ weight.T
+
+    values = torch.randint(0, 2, (n, m, 4, 5), generator=draw).float()
+    ranks = torch.stack([cc.pixel_rank(values[:, k], [str(i) for i in range(n)], seed) for k in range(m)], 1)
+    target = torch.randint(0, 4, (n,), generator=draw)
+    counting = Counting(Linear())
+    found = cc.perturbation_curves(counting, start, end, ranks, target, steps, batch_size)
+    for i in range(n):
+        for k in range(m):
+            arrays = (start[i].numpy(), end[i].numpy(), ranks[i, k].numpy())
+            expected = oracle.curve(plain(Linear()), *arrays, int(target[i]), steps)
+            assert np.abs(found[i, k].numpy() - expected).max() < 1e-5
+    assert counting.seen <= n * (m * (steps - 1) + 2)
 
 
 def test_curves_begin_and_end_where_they_should(net, x):
@@ -136,10 +252,19 @@ def test_grouping_of_images_changes_nothing(net, x):
                 assert torch.allclose(alone[metric][name], together[metric][name][pick], atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 64])
-def test_steps_outside_are_refused(net, x, steps):
-    with pytest.raises(ValueError, match="steps=.*63"):
-        cc.faithfulness(net, x, {"m": maps()}, torch.tensor([0, 1, 2]), IDS, x, x, steps=steps)
+@pytest.mark.parametrize(("steps", "block"), [(0, 0), (-1, 0), (64, 0), (0, 4), (7, 4)])
+def test_steps_outside_are_refused(net, x, steps, block):
+    """63 pixels; 3 x 2 blocks of 4 x 4."""
+    with pytest.raises(ValueError, match=f"steps={steps} .* {6 if block else 63}"):
+        cc.faithfulness(net, x, {"m": maps()}, torch.tensor([0, 1, 2]), IDS, x, x, steps=steps, block=block)
+
+
+@pytest.mark.parametrize("block", [0, 4])
+def test_nan_in_a_map_is_refused(net, x, block):
+    m = maps()
+    m[1, 8, 6] = math.nan
+    with pytest.raises(ValueError, match="maps contain NaN"):
+        cc.faithfulness(net, x, {"fine": maps(), "m": m}, torch.tensor([0, 1, 2]), IDS, x, x, steps=4, block=block)
 
 
 def test_equal_orders_are_evaluated_once_and_exactly(net, x):
@@ -151,7 +276,8 @@ def test_equal_orders_are_evaluated_once_and_exactly(net, x):
     named = {"a": m, "scaled": m * 0.25, "other": other}
     arguments = (x, named, torch.tensor([0, 1, 2]), IDS, torch.zeros_like(x), torch.zeros_like(x))
     found = cc.faithfulness(counting, *arguments, steps=6)
-    assert counting.seen == 2 * 7 * (3 + 2)  # two metrics, seven points, three orders and two more
+    # two metrics; for each of three images start and end, five points between for three orders and two more
+    assert counting.seen == 2 * (3 * 2 + 5 * (3 + 2))
     for metric in ("insertion", "deletion"):
         assert torch.equal(found[metric]["a"], found[metric]["scaled"])
         assert torch.equal(found[metric]["other"][0], found[metric]["a"][0])
@@ -165,18 +291,30 @@ def test_equal_orders_of_different_images_are_not_one(net, x):
     m = torch.rand(1, *SIZE).expand(3, -1, -1)
     end = torch.zeros_like(x)
     found = cc.faithfulness(net, x, {"m": m}, torch.tensor([0, 1, 2]), IDS, end, end, steps=6)
-    for b in range(3):
-        expected = oracle.curve(plain(net), x[b].numpy(), end[b].numpy(), cc.pixel_order(m, IDS)[b].tolist(), b, 6)
+    for b, place in enumerate(cc.pixel_rank(m, IDS).numpy()):
+        expected = oracle.curve(plain(net), x[b].numpy(), end[b].numpy(), place, b, 6)
         assert np.abs(found["deletion"]["m"][b].numpy() - expected).max() < 1e-5
 
 
-def test_progress_counts_every_evaluation(net, x):
-    told = []
-    end = torch.zeros_like(x)
-    cc.faithfulness(
-        net, x, {"m": maps()}, torch.tensor([0, 1, 2]), IDS, end, end, steps=6, batch_size=4, progress=told.append
-    )
-    assert sum(told) == 2 * 3 * 7 and max(told) <= 4
+def test_an_order_that_another_image_has_too(net, x):
+    """Two orders, one for all maps of the first image, the other for those of the second, both for the third."""
+    one, other = (cc.pixel_rank(maps(seed, zeros=0), IDS)[0] for seed in (0, 1))
+    ranks = torch.stack([torch.stack(pair) for pair in ((one, one), (other, other), (one, other))])
+    end, target = torch.zeros_like(x), torch.tensor([0, 1, 2])
+    found = cc.perturbation_curves(net, x, end, ranks, target, steps=7)
+    for b in range(3):
+        for k in range(2):
+            expected = oracle.curve(plain(net), x[b].numpy(), end[b].numpy(), ranks[b, k].numpy(), b, 7)
+            assert np.abs(found[b, k].numpy() - expected).max() < 1e-5
+
+
+def test_progress_counts_every_point(net, x):
+    """Also those that need no evaluation, so that a bar which expects metrics x images x maps x points ends full."""
+    for end in (torch.zeros_like(x), patch(x), x):
+        told, named = [], {"m": maps(), "again": 0.5 * maps(), "other": maps(1)}
+        settings = dict(steps=6, batch_size=4, progress=told.append)
+        cc.faithfulness(net, x, named, torch.tensor([0, 1, 2]), IDS, end, end, **settings)
+        assert sum(told) == 2 * 3 * 3 * 7 and all(isinstance(k, int) and k >= 0 for k in told)
 
 
 def test_measuring_alters_neither_images_nor_maps_nor_model(net, x):
@@ -226,51 +364,85 @@ def test_bf16_curves_differ_but_little(net, x):
 # ---------------------------------------------------------------------------------------------------------- the order
 
 
-def test_order_by_hand():
+def test_places_by_hand():
     m = torch.tensor([[[0.1, 0.9], [0.5, 0.3]]])
-    assert cc.pixel_order(m, ["i"]).tolist() == [[1, 2, 3, 0]]
+    found = cc.pixel_rank(m, ["i"])
+    assert found.tolist() == [[[3, 0], [1, 2]]] and found.dtype == torch.int32
 
 
 def test_ties_follow_one_permutation_for_every_method():
     """A flat map is visited in the image's own random order; a map with plateaus keeps that order within each."""
     flat = torch.ones(3, *SIZE)
-    shuffled = cc.pixel_order(flat, IDS, seed=2)
-    assert shuffled.tolist() == cc.pixel_order(0 * flat, IDS, seed=2).tolist()
-    assert len({tuple(o) for o in shuffled.tolist()}) == 3  # another order for every image
-    assert shuffled.tolist() != cc.pixel_order(flat, IDS, seed=3).tolist()
+    shuffled = cc.pixel_rank(flat, IDS, seed=2)
+    assert shuffled.tolist() == cc.pixel_rank(0 * flat, IDS, seed=2).tolist()
+    assert len({tuple(o) for o in shuffled.flatten(1).tolist()}) == 3  # another order for every image
+    assert shuffled.tolist() != cc.pixel_rank(flat, IDS, seed=3).tolist()
     steps = (4 * maps(zeros=0.5)).round()
-    for b, found in enumerate(cc.pixel_order(steps, IDS, seed=2).tolist()):
-        assert found == oracle.order(steps[b].numpy(), shuffled[b].tolist())
+    for b, found in enumerate(cc.pixel_rank(steps, IDS, seed=2)):
+        assert (found.numpy() == oracle.places(steps[b].numpy(), shuffled[b].flatten().argsort().tolist())).all()
 
 
 def test_a_random_order_is_spread_over_the_image():
     """The first half of a flat map's order must not be its upper half, as it would be without shuffling."""
-    first = cc.pixel_order(torch.zeros(1, 40, 40), ["i"])[0, :800] // 40
-    assert 17 < first.float().mean() < 22 and len(first.unique()) == 40
+    rows = (cc.pixel_rank(torch.zeros(1, 40, 40), ["i"])[0] < 800).nonzero()[:, 0]
+    assert 17 < rows.float().mean() < 22 and len(rows.unique()) == 40
 
 
 def test_order_depends_on_the_id_not_on_the_group():
     m = (3 * maps()).round()
-    together = cc.pixel_order(m, IDS, seed=1)
-    assert torch.equal(cc.pixel_order(m[[2, 0]], ["three", "one"], seed=1), together[[2, 0]])
-    assert not torch.equal(cc.pixel_order(m[:1], ["other"], seed=1)[0], together[0])
-    assert torch.equal(cc.pixel_order(m[:1], [7]), cc.pixel_order(m[:1], ["7"]))
+    together = cc.pixel_rank(m, IDS, seed=1)
+    assert torch.equal(cc.pixel_rank(m[[2, 0]], ["three", "one"], seed=1), together[[2, 0]])
+    assert not torch.equal(cc.pixel_rank(m[:1], ["other"], seed=1)[0], together[0])
+    assert torch.equal(cc.pixel_rank(m[:1], [7]), cc.pixel_rank(m[:1], ["7"]))
 
 
 @quick
 @given(hnp.arrays(np.float32, (2, 4, 5), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])), st.integers(0, 99))
 def test_order_properties(values, seed):
     m = torch.from_numpy(values)
-    found = cc.pixel_order(m, ["a", "b"], seed)
-    assert found.dtype == torch.int64
-    assert (found.sort(1).values == torch.arange(20)).all()  # a permutation: every pixel once
-    assert (m.flatten(1).gather(1, found).diff(dim=1) <= 0).all()  # descending
-    assert torch.equal(found, cc.pixel_order(m / 3, ["a", "b"], seed))  # only ranks matter
+    found = cc.pixel_rank(m, ["a", "b"], seed)
+    assert found.shape == m.shape
+    assert (found.flatten(1).sort(1).values == torch.arange(20)).all()  # a permutation: every place once
+    assert (m.flatten(1).gather(1, found.flatten(1).argsort(1)).diff(dim=1) <= 0).all()  # descending
+    assert torch.equal(found, cc.pixel_rank(m / 3, ["a", "b"], seed))  # only ranks matter
 
 
-def test_number_of_ids_has_to_fit():
-    with pytest.raises((ValueError, RuntimeError)):
-        cc.pixel_order(maps(), IDS[:2])
+@pytest.mark.parametrize("rank", [cc.pixel_rank, lambda m, ids: cc.block_rank(m, ids, 0, 4)], ids=["pixels", "blocks"])
+def test_number_of_ids_has_to_fit_and_nan_has_no_place(rank):
+    with pytest.raises(ValueError, match="ids has 2 entries for 3 maps"):
+        rank(maps(), IDS[:2])
+    m = maps()
+    m[2, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        rank(m, IDS)
+
+
+def test_blocks_by_hand():
+    """5 x 3 pixels in 2 x 2 blocks: the last column of blocks is one pixel wide, the last row one pixel high."""
+    m = torch.tensor(
+        [[[1.0, 0.0, 0.5], [0.0, 0.0, 0.1], [0.0, 0.0, 0.9], [0.0, 4.0, 0.9], [0.2, 0.2, 0.8]]]
+    )  # means: 0.25, 0.3; 1.0, 0.9; 0.2, 0.8 (with zeros counted beyond the border: 0.25, 0.15; 1.0, 0.45; 0.1, 0.2)
+    expected = [[4, 4, 3], [4, 4, 3], [0, 0, 1], [0, 0, 1], [5, 5, 2]]
+    assert cc.block_rank(m, ["i"], block=2)[0].tolist() == expected
+    assert cc.block_rank(m, ["i"])[0].tolist() == [[0] * 3] * 5  # 16 x 16: the whole image is one block
+    assert torch.equal(cc.block_rank(m, ["i"], block=1), cc.pixel_rank(m, ["i"]))
+
+
+@pytest.mark.parametrize("block", [2, 3, 4, 5])
+def test_blocks_against_the_oracle(block):
+    m = (4 * maps(zeros=0.6)).round() / 4  # coarse, so that whole blocks tie
+    count = -(-9 // block) * -(-7 // block)
+    for b, found in enumerate(cc.block_rank(m, IDS, 6, block)):
+        expected = oracle.block_places(m[b].numpy(), tie_break(IDS, count, 6)[b], block)
+        assert (found.numpy() == expected).all() and found.max() == count - 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1.0])
+def test_a_flat_map_orders_blocks_at_random_even_at_the_border(value):
+    """40 x 37 pixels: the mean of a smaller block must not differ from the others' in its last bit."""
+    m = torch.full((1, 40, 37), value)
+    expected = oracle.block_places(np.zeros((40, 37), np.float32), tie_break(["i"], 9, 0)[0], 16)
+    assert (cc.block_rank(m, ["i"])[0].numpy() == expected).all()
 
 
 def test_tie_fraction():
@@ -326,7 +498,7 @@ def test_baselines_by_name(x):
     start, end = cc.baselines(x, "rise")
     assert torch.equal(start, cc.blur(x)) and end.shape == x.shape and not end.any()
     for black in cc.baselines(x, "black"):
-        assert black.shape == x.shape and (cc.to_pixels(black) == 0).all()
+        assert black.shape == x.shape and torch.equal(black, cc.preprocess(Image.new("RGB", (4, 4)), 1).expand_as(x))
         assert black[0, :, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
     twin = images(3, SIZE)
     assert all(torch.equal(t, twin) for t in cc.baselines(x, "twin", twin))

@@ -92,7 +92,9 @@ def test_a_cam_of_ones_own_is_in_every_map_table(monkeypatch):
 
     monkeypatch.setattr(cc, "CAMS", {**cc.CAMS, "my_cam": lambda A, G: (A.float() * G.float()).relu().sum(1)})
     model, _ = cc.load_model("squeezenet1_1")
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(2, 3, 64, 64)
     deep, shallow = cc.default_layers(model, x)
-    maps = cc.method_maps(cc.capture(model, x, [deep, shallow]), deep, shallow, 0.5, (64, 64), ["a"], 0)
+    layers = {"deep": deep, "coarse": deep, "shallow": shallow, "finer": list(cc.stages(model, x))[-2]}
+    shot = cc.capture(model, x, list(layers.values()))
+    maps = cc.method_maps(shot, x, layers, alpha=0.5, rule="product", ids=["a"], seed=0)
     assert maps["my_cam"].shape == (1, 64, 64) and cc.label("my_cam") == "my_cam"

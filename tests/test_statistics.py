@@ -101,8 +101,8 @@ def test_deletion_is_better_when_lower():
     deletion, insertion = (row(table(m, **values)) for m in ("deletion", "insertion"))
     assert deletion.won + insertion.won == pytest.approx(1.0) and deletion.won > 0.6
     assert deletion.difference == insertion.difference < 0
-    assert cc.verdict(deletion).startswith("Hybrid, cross-layer: deletion better than Grad-CAM (-0.")
-    assert cc.verdict(insertion).startswith("Hybrid, cross-layer: insertion worse than Grad-CAM (-0.")
+    assert cc.verdict(deletion).startswith("Hybrid: deletion better than Grad-CAM (-0.")
+    assert cc.verdict(insertion).startswith("Hybrid: insertion worse than Grad-CAM (-0.")
 
 
 def test_a_draw_is_not_won():
