@@ -108,6 +108,32 @@ def test_the_numbers_of_the_short_answer(readme, numbers):
     assert [phrase for phrase in phrases if phrase not in prose] == []
 
 
+def test_what_it_says_of_squeezenets_own_choice(readme, repo):
+    table = pd.read_csv(repo / "results" / "reference" / "squeezenet" / "summary.csv")
+    own = table[table.primary].set_index("metric")
+    said = {metric: cc.judgement({**row, "metric": metric}, "p_holm") for metric, row in own.to_dict("index").items()}
+    assert said["energy"] == said["average_precision"] == "better"
+    assert said["insertion"] == said["deletion"] == "no difference"
+    energy = table[table.metric == "energy"].set_index("method")["mean"]
+    assert energy["layer_cam_shallow"] > energy["hybrid"]
+    for metric in ("energy", "average_precision"):
+        row = own.loc[metric]
+        assert f"({row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}])" in " ".join(readme.split())
+
+
+def test_what_it_says_of_the_cheat(readme, repo):
+    folder, prose = repo / "results" / "reference" / "shortcut" / "tables", " ".join(readme.split())
+    accuracy = pd.read_csv(folder / "01_shortcut.csv").set_index("network")
+    assert f"costs it {100 * accuracy.lost.cheating:.0f} points of accuracy, the honest network none" in prose
+    assert accuracy.lost.honest == 0
+    table = pd.read_csv(folder / "05_shortcut.csv").set_index(["metric", "method"])
+    energy, found = table.loc["energy"].cheating, table.loc["found"]
+    said = f"the hybrid puts {energy.hybrid:.1%} of its energy there, Grad-CAM {energy.grad_cam:.1%}, shallow LayerCAM"
+    assert f"{said} {energy.layer_cam_shallow:.1%}" in prose and f"On {int(table.n.iloc[0])} images" in prose
+    cams = found.loc[["grad_cam", "layer_cam", "hybrid", "hybrid_same", "layer_cam_shallow"]]
+    assert (cams.cheating == 1).all() and (cams.honest == 0).all()
+
+
 def test_the_words_of_the_short_answer(repo):
     """Better than either factor, another image's LayerCAM spoils it, edges alone do well: as the tables allow."""
     folder = repo / "results" / "reference" / "full"
