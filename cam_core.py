@@ -1677,7 +1677,8 @@ def save_json(content: Mapping, path: str | Path) -> None:
 def code_hash(*functions: Callable) -> str:
     """SHA-256 of the functions' code and of all that it reaches: functions and plain values of this module, of the
     notebook, and of the modules of registered CAMs and fusions; docstrings and comments aside. It tells whether
-    finished work is still what today's code would make.
+    finished work is still what today's code would make. Not followed: functools.partial, callable objects, and what
+    lists or dicts hold beyond functions; delete data/cache after changing such.
     """
     registered = [*functions, *CAMS.values(), *FUSIONS.values()]
     modules = {__name__, "__main__", *(getattr(f, "__module__", "") for f in registered)}
