@@ -3,19 +3,19 @@
 One idea carries this module: a class activation map (CAM) is a pure function of activations and gradients. `capture` is
 the only place that touches a network; everything behind it is small batched tensor code. Read it from top to bottom:
 
-    1  torchvision       the one place that makes it importable next to a CPU-only torch
-    2  capture           one forward pass and a part of the backward pass -> logits, activations, gradients
-    3  CAMs              grad_cam, layer_cam and relatives: (A, G) -> (B, h, w)
-    4  fusion            normalise, enlarge, hybrid
-    5  models            load_model, default_layers
-    6  images and data   read_image, preprocess, read_dataset, load_batch, load_masks
-    7  explain, overlay  one image in one call
-    8  method_maps       every method of the study, and its controls, from one capture
-    9  faithfulness      insertion and deletion curves, AUC, change of confidence; RISE for comparison
-    10 localisation      pointing game, energy in the mask, average precision, IoU of masks and boxes
-    11 sanity            similarity of maps, a network randomised layer by layer
-    12 statistics        paired differences with intervals
-    13 runs and figures  seeds, output folders, one visual language
+    1  capture           one forward pass and a part of the backward pass -> logits, activations, gradients
+    2  CAMs              grad_cam, layer_cam and relatives: (A, G) -> (B, h, w); gradients of the pixels
+    3  fusion            normalise, enlarge, hybrid, fuse_layers
+    4  layers            layer_shapes, stages, default_layers: where a network can be asked
+    5  explain           one image in one call, and its pictures
+    6  method_maps       every method of the study, and its controls, from one capture
+    7  faithfulness      insertion and deletion curves, AUC, change of confidence; RISE for comparison
+    8  localisation      pointing game, energy in the mask, average precision, IoU of masks and boxes
+    9  sanity            similarity of maps, a network randomised layer by layer
+    10 statistics        paired differences with intervals
+    11 runs and figures  seeds, output folders, one visual language
+
+What comes from outside, networks, images and data sets, is read by `cam_inputs`, whose functions are here too.
 
 Notation: B images, C channels, h x w the size of a captured map, H x W the size of the input, K classes. Maps are
 (B, height, width) float32 tensors, non-negative; "normalised" means divided by their maximum, so in [0, 1].
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import difflib
 import hashlib
 import inspect
 import json
@@ -47,36 +46,40 @@ from types import CodeType
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
-# -------------------------------------------------------------------------------------------------------- 1 torchvision
+from cam_inputs import (  # noqa: F401  (notebooks and users take all of it from here)
+    DATASETS,
+    HOME,
+    MEAN,
+    STD,
+    arch_name,
+    class_indices,
+    dataset_folder,
+    imagenet_classes,
+    load_batch,
+    load_boxes,
+    load_masks,
+    load_model,
+    nearest,
+    pick_device,
+    preprocess,
+    read_dataset,
+    read_image,
+    readable,
+    resolve_weights,
+    safe_name,
+    sha256,
+    split_readable,
+    split_rows,
+    subset,
+    torchvision,
+    trained_folder,
+    words,
+)
 
-
-def _declare_torchvision_ops() -> None:
-    """Make `import torchvision` possible where its C++ operators cannot load.
-
-    A torchvision wheel linked against CUDA finds no operators beside a CPU-only torch, and torchvision 0.28.0 then
-    fails while it registers shape functions for `nms` and `qnms`. Nothing here calls them, so declaring the two schemas
-    is enough. Where the operators do load, this function is never called.
-    """
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declare_torchvision_ops.library = library  # the declaration lives as long as this object
-
-
-try:
-    import torchvision
-except RuntimeError as error:
-    if "torchvision::" not in str(error):
-        raise
-    for _name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-        del sys.modules[_name]  # halves of the failed import
-    _declare_torchvision_ops()
-    import torchvision
-
-# ------------------------------------------------------------------------------------------------------------ 2 capture
+# ------------------------------------------------------------------------------------------------------------ 1 capture
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,13 @@ def capture(
     the graph, so nothing in front of it is recorded, and every captured layer hands on a clone, so in-place operations
     behind it cannot alter what was captured. Afterwards, exceptions included, the model is as it was: hooks, modes,
     buffers, `requires_grad`, `.grad`. `DataParallel` and `torch.compile` wrappers are unwrapped with a warning. Works
-    under `torch.no_grad` and `torch.inference_mode`.
+    under `torch.no_grad` and `torch.inference_mode`. Outputs with channels last, (B, h, w, C) as in Swin, and tokens,
+    (B, n, C) as in ViT, are handed back as (B, C, h, w) too; tokens in front of the patches (class, registers) are left
+    out.
 
-    Raises ValueError for an unknown layer (names the nearest), one that runs twice or never, one without a spatial (B,
-    C, h, w) output with h*w > 1, one that the target logit does not depend on, a target out of range, and logits that
-    are not finite.
+    Raises ValueError for an unknown layer (names the nearest and all there are), one that runs twice or never, one
+    without a spatial output with h*w > 1, one that the target logit does not depend on, a target out of range, and
+    logits that are not finite.
     """
     model = _unwrap(model)
     names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list | tuple) else [layers]
@@ -125,9 +130,8 @@ def capture(
         raise ValueError("layers is empty: give at least one dotted module name, such as 'layer4'.")
     for name in names:
         if name not in modules or not name:
-            raise ValueError(
-                f"layer={name!r} is not in this {type(model).__name__}. {_nearest(name, [m for m in modules if m])}"
-            )
+            there = {n: " × ".join(map(str, shape)) for n, shape in layer_shapes(model, x).items()}
+            raise ValueError(f"layer={name!r} is not in this {type(model).__name__}. {nearest(name, there)}")
 
     outputs: dict[str, Tensor] = {}
 
@@ -137,7 +141,7 @@ def capture(
                 raise ValueError(
                     f"layer={name!r} runs more than once in a pass, so its map is ambiguous. Choose one that runs once."
                 )
-            if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2] * output.shape[3] < 2:
+            if _maps(output, x) is None:
                 seen = f"{tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(
                     f"layer={name!r} has no spatial output: got {seen}, need (B, C, h, w), h*w > 1. Try an earlier one."
@@ -159,21 +163,47 @@ def capture(
         if not score.requires_grad:
             raise ValueError(f"The logits do not depend on layer={names}. Choose a layer on the way to the logits.")
         gradients = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
-    for name, gradient in zip(outputs, gradients, strict=True):
+    _check_finite(logits)
+    found = {}
+    for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
         if gradient is None:
             raise ValueError(
                 f"The target logit does not depend on layer={name!r}. Choose a layer on the way to the logits."
             )
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError(
-            "The model's logits contain NaN or infinity for this input. Check the input's scaling and the weights."
-        )
+        found[name] = tuple(_maps(t.detach(), x) for t in (output, gradient))
+        if output.ndim == 3 and not found[name][1].any():
+            raise ValueError(
+                f"layer={name!r}: the logits depend on none of its patches, as behind the last attention of a network "
+                f"that reads its class token alone. Choose an earlier one, such as {default_layers(model, x)[0]!r}."
+            )
     return Capture(
-        logits.detach(),
-        chosen,
-        {n: a.detach() for n, a in outputs.items()},
-        {n: g.detach() for n, g in zip(outputs, gradients, strict=True)},
+        logits.detach(), chosen, {n: a for n, (a, _) in found.items()}, {n: g for n, (_, g) in found.items()}
     )
+
+
+def _maps(output, x: Tensor) -> Tensor | None:
+    """A module's output for the input x as maps (B, C, h, w), h*w > 1; None where it has no positions.
+
+    Four dimensions are (B, C, h, w), or (B, h, w, C) if only then h : w is as in the input. Three are tokens (B, n, C):
+    n = h*w patches, in rows as in the input, and up to eight more in front of them.
+    """
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != len(x):
+        return None
+    if output.ndim == 4:
+        last = _as_wide(output.shape[1:3], x) and not _as_wide(output.shape[2:], x)
+        maps = output.permute(0, 3, 1, 2) if last else output
+        return maps if maps.shape[2] * maps.shape[3] > 1 else None
+    for extra in range(min(9, output.shape[1] - 1)):
+        patches = output.shape[1] - extra
+        h = max(1, round(math.sqrt(patches * x.shape[2] / x.shape[3])))
+        if patches % h == 0 and _as_wide((h, patches // h), x):
+            return output[:, extra:].unflatten(1, (h, patches // h)).permute(0, 3, 1, 2)
+    return None
+
+
+def _as_wide(size: Sequence[int], x: Tensor) -> bool:
+    """Whether h : w is as in the input, up to rounding to whole cells."""
+    return abs(size[0] * x.shape[3] - size[1] * x.shape[2]) <= max(x.shape[2:])
 
 
 @contextmanager
@@ -235,6 +265,13 @@ def _logits(output) -> Tensor:
     return output
 
 
+def _check_finite(logits: Tensor) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            "The model's logits contain NaN or infinity for this input. Check the input's scaling and the weights."
+        )
+
+
 def _targets(target, logits: Tensor) -> Tensor:
     batch, classes = logits.shape
     if target is None:
@@ -273,15 +310,7 @@ def _check_input(model: nn.Module, x: Tensor) -> None:
         )
 
 
-def _nearest(name: str, known: Sequence[str], most: int = 60) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    top = [k for k in known if k.count(".") < 2][:most]
-    return (
-        f"Nearest: {', '.join(close)}. " if close else ""
-    ) + f"Known: {', '.join(top)}{', ...' if len(known) > len(top) else ''}"
-
-
-# --------------------------------------------------------------------------------------------------------------- 3 CAMs
+# --------------------------------------------------------------------------------------------------------------- 2 CAMs
 # All take activations A and gradients G, both (B, C, h, w), and return rectified maps (B, h, w) in float32, not yet
 # normalised. Indices: k channel, (i, j) position; sums over what is not on the left.
 
@@ -336,7 +365,67 @@ CAMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "xgrad_cam": xgrad_cam,
 }
 
-# ------------------------------------------------------------------------------------------------------------- 4 fusion
+
+def input_gradient(
+    model: nn.Module, x: Tensor, target: int | Sequence[int] | Tensor | None = None, guided: bool = False
+) -> Tensor:
+    """d y_t / d x of the target logit: (B, C, H, W) float32, signed; model, x and target as in `capture`.
+
+    The vanilla gradient (Simonyan et al., ICLR workshop 2014) or, guided, guided backpropagation (Springenberg et al.,
+    ICLR workshop 2015), where every ReLU hands back only what is positive of its gradient. A saliency map is
+    `g.abs().amax(1)`. Guided Grad-CAM (Selvaraju et al., ICCV 2017, section 3.2) is `g * cam[:, None]` with the guided
+    gradient and the enlarged Grad-CAM.
+
+    The rule is applied to the graph of this one pass, wherever a ReLU was called (ReLU6 and clamping from 0 on are
+    ReLUs too), as a module or a function, in place or not; modules are not touched. Raises what `capture` raises, and
+    ValueError where the pass holds a rectifier without such a rule, by name: another activation (GELU, SiLU, ...), a
+    maximum or `where`, a scripted or custom function. A ReLU written as a product, `x * (x > 0)`, is not recognised.
+    """
+    model = _unwrap(model)
+    _check_input(model, x)
+    with _borrowed(model, {}):
+        leaf = x.detach().clone().requires_grad_()
+        logits = _logits(model(leaf.clone()))  # a clone, as a first layer may work in place
+        score = logits.gather(1, _targets(target, logits)[:, None]).sum()
+        if guided:
+            _guide(score)
+        gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
+    _check_finite(logits)
+    if gradient is None:
+        raise ValueError("The target logit does not depend on the input.")
+    return gradient.detach().float()
+
+
+# What autograd calls rectifiers: those that are a ReLU if their lower end, saved under this name, is 0 ...
+RELUS = {"Relu": "", "Hardtanh": "_saved_min_val", "Threshold": "_saved_threshold"}
+RELUS |= {"ClampMin": "_saved_min", "Clamp": "_saved_min"}
+# ... and those for which guided backpropagation has no rule.
+OTHER_RECTIFIERS = set("Gelu Silu Hardswish LeakyRelu Elu Mish Softplus PreluKernel RreluWithNoise Glu".split())
+OTHER_RECTIFIERS |= set("Maximum Where DifferentiableGraph".split())
+
+
+def _guide(score: Tensor) -> None:
+    """Make every ReLU in the graph behind a score hand back positive gradients only."""
+    todo, seen, other = [score.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [below for below, _ in node.next_functions]
+        kind = re.sub(r"Backward\d*$", "", node.name())
+        if kind in RELUS and getattr(node, RELUS[kind], 0) == 0:
+            node.register_hook(lambda gradients, _: tuple(g if g is None else g.relu() for g in gradients))
+        elif kind in OTHER_RECTIFIERS or isinstance(node, torch.autograd.function.BackwardCFunction):
+            other.add(kind)
+    if other:
+        raise ValueError(
+            f"guided: guided backpropagation has a rule for ReLU alone; this network uses {', '.join(sorted(other))} "
+            "too. Use the vanilla gradient, guided=False."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- 3 fusion
 
 
 def normalise(maps: Tensor) -> Tensor:
@@ -357,13 +446,17 @@ def normalise(maps: Tensor) -> Tensor:
     return torch.where(peak > 0, maps / peak, torch.zeros_like(maps)).clamp(max=1)
 
 
-def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Normalised, enlarged bilinearly (`align_corners=False`) to size = (H, W), normalised again; (B, h, w) -> (B, H,
-    W) in [0, 1].
+def enlarge(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    """Normalised, enlarged to size = (H, W), normalised again; (B, h, w) -> (B, H, W) in [0, 1].
+
+    mode: "bilinear" or "bicubic" (both with `align_corners=False`; what bicubic overshoots below 0 is cut), or
+    "nearest", which shows the layer's cells. Raises ValueError for another mode, and as `normalise` does.
     """
-    return normalise(
-        F.interpolate(normalise(maps)[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
-    )
+    if mode not in ("nearest", "bilinear", "bicubic"):
+        raise ValueError(f"mode={mode!r} must be 'nearest', 'bilinear' or 'bicubic'.")
+    settings = {"mode": "nearest-exact"} if mode == "nearest" else {"mode": mode, "align_corners": False}
+    large = F.interpolate(normalise(maps)[:, None], size=tuple(size), **settings)[:, 0]
+    return normalise(large.clamp(min=0) if mode == "bicubic" else large)
 
 
 FLOOR = 0.1  # of the floored product, as a share of each map's maximum
@@ -413,7 +506,7 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
     if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second.")
     if rule not in FUSIONS:
-        raise ValueError(f"rule={rule!r} is no fusion rule. {_nearest(str(rule), list(FUSIONS))}")
+        raise ValueError(f"rule={rule!r} is no fusion rule. {nearest(str(rule), list(FUSIONS))}")
     if size is None and a.shape != b.shape:
         raise ValueError(
             f"The maps have shapes {tuple(a.shape)} and {tuple(b.shape)}: give size=(H, W) to enlarge both to one size."
@@ -426,202 +519,119 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
     return normalise(FUSIONS[rule](a, b, alpha))
 
 
-def cam_at(shot: Capture, cam: Callable[[Tensor, Tensor], Tensor], layers: str, size: tuple[int, int]) -> Tensor:
+def fuse_layers(maps: Sequence[Tensor], size: tuple[int, int], fuse: str = "product") -> Tensor:
+    """Maps of several layers, each (B, h, w) at its own resolution, as one: (B, H, W) in [0, 1], size = (H, W).
+
+    Each is enlarged first. fuse: "product" (geometric mean), "mean", "maximum", or "layercam": the maximum of the maps,
+    all but the coarsest scaled by tanh(2 m / max m), as Jiang et al., IEEE TIP 2021, section III-C, fuse the stages of
+    a VGG16 (they scale the first three of five). Raises ValueError for another name.
+    """
+    if fuse not in LAYER_FUSIONS:
+        raise ValueError(f"fuse={fuse!r} is no fusion of layers. {nearest(str(fuse), list(LAYER_FUSIONS))}")
+    large = [enlarge(m, size) for m in sorted(maps, key=lambda m: -m.shape[1])]  # the coarsest last
+    return large[0] if len(large) == 1 else normalise(LAYER_FUSIONS[fuse](torch.stack(large)))
+
+
+LAYER_FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {  # (layers, B, H, W), the coarsest last -> (B, H, W)
+    "product": lambda m: m.prod(0) ** (1 / len(m)),
+    "mean": lambda m: m.mean(0),
+    "maximum": lambda m: m.amax(0),
+    "layercam": lambda m: torch.cat([torch.tanh(2 * m[:-1]), m[-1:]]).amax(0),
+}
+
+
+def cam_at(
+    shot: Capture,
+    cam: Callable[[Tensor, Tensor], Tensor],
+    layers: str,
+    size: tuple[int, int],
+    fuse: str = "product",
+) -> Tensor:
     """A CAM at a layer, enlarged to size = (H, W): (B, H, W) in [0, 1]. Of several layers, joined by "+" as in
-    "layer2+layer3", the geometric mean of their enlarged maps, normalised.
+    "layer2+layer3", the maps become one as `fuse_layers` says.
     """
-    maps = [enlarge(cam(shot.activations[n], shot.gradients[n]), size) for n in layers.split("+")]
-    return maps[0] if len(maps) == 1 else normalise(torch.stack(maps).prod(0) ** (1 / len(maps)))
+    return fuse_layers([cam(shot.activations[n], shot.gradients[n]) for n in layers.split("+")], size, fuse)
 
 
-# ------------------------------------------------------------------------------------------------------------- 5 models
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; the shipped networks use the same
-HOME = Path(__file__).resolve().parent
+# ------------------------------------------------------------------------------------------------------------- 4 layers
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The torch device for "auto" (CUDA, else MPS, else CPU), "cpu", "cuda", "cuda:N" or "mps". ValueError where it is
-    not there.
-    """
-    if name == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(name)):
-        raise ValueError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N, mps.")
-    device = torch.device(name)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device.type]
-    if not there or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ValueError(
-            f"device={name!r} is not available on this machine. Use device=cpu, or auto to take what there is."
-        )
-    return device
+def _probe(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, object]]:
+    """(name, module, output) of all modules, each time one ends, in one pass with the first image."""
+    _check_input(model, x)
+    ended: list[tuple[str, nn.Module, object]] = []
+
+    def record(name: str) -> Callable:
+        return lambda module, args, output: ended.append((name, module, output))
+
+    with _borrowed(model, {name: record(name) for name, _ in model.named_modules() if name}):
+        model(x[:1].detach().clone())
+    return ended
 
 
-def imagenet_classes() -> list[str]:
-    """The 1000 ImageNet class names, from torchvision's metadata (offline)."""
-    return list(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+def layer_shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int, int]]:
+    """Every layer that `capture` can take, in order of execution: {dotted name: (C, h, w)}. One pass, one image."""
+    model = _unwrap(model)
+    ended = _probe(model, x)
+    often = Counter(name for name, _, _ in ended)
+    maps = {name: _maps(output, x[:1]) for name, _, output in ended if often[name] == 1}
+    return {name: tuple(m.shape[1:]) for name, m in maps.items() if m is not None}
 
 
-def load_model(
-    arch: str = "resnet18", weights: str | Path = "auto", device: str | torch.device = "cpu"
-) -> tuple[nn.Module, dict]:
-    """A torchvision classifier with weights, in eval mode, frozen, channels-last (the faster layout), on `device`; and
-    what is known of it.
+def stages(model: nn.Module, x: Tensor, until: str = "") -> dict[str, int]:
+    """Where a map can be taken, {layer: height of its map}, in order of execution: at each resolution the last layer
+    that everything passes through. Found by a few probe passes with one image.
 
-    arch: any name of `torchvision.models.list_models`. weights: "auto" (the checkpoint that ships in data/checkpoints),
-    "imagenet" (torchvision downloads and caches them), or a file: a state dict, or a checkpoint with `model_state_dict`
-    and, where it has them, `class_names`, `test_acc`, ... Files are loaded with `weights_only=True`, so nothing in them
-    is executed. Returns (model, info); info has arch, weights (name), sha256 (of the file), class_names, and the
-    checkpoint's own plain entries. Raises ValueError for an unknown arch or a file that does not fit it (says which
-    keys and shapes), FileNotFoundError for a missing file, ConnectionError when ImageNet weights cannot be downloaded
-    (says what to do).
-    """
-    known = torchvision.models.list_models(module=torchvision.models)
-    if arch not in known:
-        raise ValueError(f"arch={arch!r} is not a torchvision classifier. {_nearest(arch, known)}")
-    weights = HOME / "data" / "checkpoints" / f"{arch}.pth" if str(weights) == "auto" else weights
-    if str(weights) == "imagenet":
-        entry = torchvision.models.get_model_weights(arch).DEFAULT
-        try:
-            model = torchvision.models.get_model(arch, weights=entry)
-        except OSError as error:  # urllib's URLError is one
-            raise ConnectionError(
-                f"ImageNet weights for {arch} could not be downloaded ({error}). Without a network, fetch "
-                f"{Path(entry.url).name} elsewhere and give its path, weights=FILE.pth, or put it into "
-                f"{Path(torch.hub.get_dir()) / 'checkpoints'}."
-            ) from None
-        info = {"arch": arch, "weights": str(entry), "sha256": "", "class_names": list(entry.meta["categories"])}
-    else:
-        model, info = _load_checkpoint(arch, Path(weights))
-    device = pick_device(str(device))
-    return model.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last), info
+    Candidates are the layers of `layer_shapes` whose maps are shaped like the input, that are no pooling layers (nor
+    containers that end in one), lie in front of the classifier (the last module with weights that runs), and that
+    everything passes through (not one branch of a block). Where several names share one output, the outermost counts.
+    For ResNet: relu, layer1, layer2, layer3, layer4. A network of one resolution that works on tokens (ViT) has four
+    stages, evenly spaced: the last layer whose patches still reach the logits, and its like in earlier blocks. For
+    ViT-B: encoder.layers.encoder_layer_2.ln_1, then 5, 8, 11.
 
-
-def _load_checkpoint(arch: str, file: Path) -> tuple[nn.Module, dict]:
-    if not file.is_file():
-        shipped = sorted(p.stem for p in (HOME / "data" / "checkpoints").glob("*.pth"))
-        raise FileNotFoundError(
-            f"weights: there is no file {file}. Checkpoints that ship: {', '.join(shipped) or 'none'}."
-        )
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here; all mean: not a file of tensors
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"weights={file} is not a PyTorch file of plain tensors ({reason}).") from None
-    inside = next(
-        (content[k] for k in ("model_state_dict", "state_dict") if isinstance(content, dict) and k in content), content
-    )
-    if not isinstance(inside, dict) or not inside or not all(isinstance(v, Tensor) for v in inside.values()):
-        raise ValueError(
-            f"weights={file} holds no state dict: expected tensors by name, or a 'model_state_dict' entry."
-        )
-    state = {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in inside.items()}
-    state = {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", k): v for k, v in state.items()
-    }  # older DenseNets
-    extra = {k: v for k, v in content.items() if inside is not content and v is not inside}
-    own = extra.get("arch", arch)
-    if own != arch:
-        raise ValueError(f"weights={file} was saved for arch={own!r}, not {arch!r}. Give arch={own}.")
-    head = list(state.values())[-1]
-    if head.ndim == 0:
-        raise ValueError(
-            f"weights={file} does not end in a classifier but in {list(state)[-1]!r}: its head is missing."
-        )
-    classes = len(head)
-    model = torchvision.models.get_model(arch, weights=None, num_classes=classes)
-    if classes == 1000 and hasattr(model, "transform_input"):
-        model.transform_input = (
-            True  # torchvision's GoogLeNet and Inception were trained on inputs scaled in another way
-        )
-    for name, buffer in model.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(
-                name, buffer
-            )  # files from before torch 0.4.1 have no such counters, and nothing reads them
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in state.items()}
-    if expected != found:
-        missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        shapes = [
-            f"{k} {found[k]} instead of {expected[k]}" for k in expected if k in found and found[k] != expected[k]
-        ]
-        parts = [
-            f"{what}: {', '.join(v[:4])}{f' and {len(v) - 4} more' if len(v) > 4 else ''}"
-            for what, v in (("missing", missing), ("unknown", surplus), ("shape", shapes))
-            if v
-        ]
-        raise ValueError(f"weights={file} does not fit arch={arch}. {'; '.join(parts)}.")
-    model.load_state_dict(state)
-    names = list(
-        extra.get("class_names") or (imagenet_classes() if classes == 1000 else [f"class {k}" for k in range(classes)])
-    )
-    info = {**extra, "arch": arch, "weights": file.name, "sha256": sha256(file), "class_names": names}
-    return model, info
-
-
-def resolve_weights(arch: str, weights: str, dataset: str, data: Path, retrain: bool = False) -> str:
-    """The `weights` argument of `load_model` that a notebook's parameters mean.
-
-    "auto" is the shipped checkpoint for the synthetic data (with `retrain`, the one that notebook 01 trained here) and
-    ImageNet else.
-    """
-    if weights != "auto":
-        return weights
-    if dataset != "synthetic":
-        return "imagenet"
-    return str(data / dataset / "checkpoints" / f"{arch}.pth") if retrain else "auto"
-
-
-def stages(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Where a map can be taken, {layer: height of its output}, in order of execution: at each resolution the last
-    layer that everything passes through. Found by a few probe passes with one image.
-
-    Candidates are the outputs (B, C, h, w), h*w > 1, of modules that run once, are no pooling layers (nor containers
-    that end in one), lie in front of the classifier (the last module with weights that runs), and that everything
-    passes through (not one branch of a block). Where several names share one output, the outermost counts. For ResNet:
-    relu, layer1, layer2, layer3, layer4.
+    until: only what is finer than this layer, or in a network of one resolution ends before it; and the layer itself.
     """
     model = _unwrap(model)
-    _check_input(model, x)
-    x = x[:1].detach().clone()
-    runs: list[tuple[str, int]] = []  # name and height of what came out, in order of execution
-    often: dict[str, int] = {}
-    pooled: list = []  # the outputs themselves: a container that ends in pooling hands on the same object
-    last = 0  # how many had run when the last module with weights did
+    ended, x = _probe(model, x), x[:1].detach()
+    often = Counter(name for name, _, _ in ended)
+    pooled = [output for _, module, output in ended if "Pool" in type(module).__name__]
+    weighted = [k for k, (_, module, _) in enumerate(ended) if any(True for _ in module.parameters(recurse=False))]
+    heights, flat = {}, []
+    for name, module, output in ended[: max(weighted, default=0)]:
+        maps = _maps(output, x) if often[name] == 1 else None
+        hands_on = isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
+        if maps is not None and _as_wide(maps.shape[2:], x) and not hands_on and not any(output is p for p in pooled):
+            heights[name] = maps.shape[2]
+            flat += [name] * (output.ndim == 3)
+    if flat and len({heights[name] for name in flat}) == 1:
+        found = _blocks(flat, next((n for n in reversed(flat) if _patches_count(model, x, n)), ""))
+    else:
+        found = []
+        for name in reversed(heights):
+            if heights[name] not in [heights[n] for n in found] and _all_passes(model, x, name):
+                found.insert(0, name)
+    if until:
+        order, height = [name for name, _, _ in ended], capture(model, x, until).activations[until].shape[2]
+        one_size = len({heights[name] for name in found}) == 1
+        before = [n for n in found if heights[n] > height or (one_size and order.index(n) < order.index(until))]
+        return {name: heights[name] for name in before} | {until: height}
+    return {name: heights[name] for name in found}
 
-    def record(name: str, module: nn.Module) -> Callable:
-        def hook(_, args: tuple, output) -> None:
-            nonlocal last
-            often[name] = often.get(name, 0) + 1
-            if "Pool" in type(module).__name__:
-                pooled.append(output)
-            if any(True for _ in module.parameters(recurse=False)):
-                last = len(runs)
-            spatial = isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1
-            hands_on = isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-            wide = spatial and abs(output.shape[2] * x.shape[3] - output.shape[3] * x.shape[2]) <= max(x.shape[2:])
-            if wide and not hands_on and not any(output is p for p in pooled):
-                runs.append((name, output.shape[2]))
 
-        return hook
-
-    with _borrowed(model, {n: record(n, m) for n, m in model.named_modules() if n}):
-        model(x)
-    found: dict[str, int] = {}
-    for name, height in reversed(runs[:last]):
-        if often[name] == 1 and height not in found.values() and _all_passes(model, x, name):
-            found[name] = height
-    return dict(reversed(found.items()))
+def _blocks(names: Sequence[str], deep: str) -> list[str]:
+    """Four names, evenly spaced, that differ from `deep` in their first number alone; the last of them is `deep`."""
+    alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(deep), count=1))
+    blocks = [name for name in names if alike.fullmatch(name)]
+    blocks = blocks[: blocks.index(deep) + 1] if deep else []
+    return list(dict.fromkeys(blocks[len(blocks) * k // 4 - 1] for k in range(1, 5) if len(blocks) * k // 4))
 
 
 def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
     """(deep, shallow): where Grad-CAM and where LayerCAM look by default: the last of `stages`, and the one whose
-    resolution is nearest to four times deep's. For ResNet: layer4, layer2.
+    resolution is nearest to four times deep's. For ResNet: layer4, layer2. A model of one resolution has no finer one:
+    then the middle stage is shallow (ViT-B: the sixth of twelve blocks), or deep itself if it is the only one.
 
-    Raises ValueError when a model has no such layer. A model of one resolution has no finer one: then shallow = deep.
+    Raises ValueError when a model has no such layer.
     """
     found = stages(model, x)
     if not found:
@@ -630,7 +640,8 @@ def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
         )
     deep, low = list(found.items())[-1]
     finer = sorted((h, n) for n, h in found.items() if h > low)
-    return deep, min(finer, key=lambda pair: abs(math.log(pair[0] / (4 * low))), default=(low, deep))[1]
+    middle = (low, list(found)[(len(found) - 1) // 2])
+    return deep, min(finer, key=lambda pair: abs(math.log(pair[0] / (4 * low))), default=middle)[1]
 
 
 def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
@@ -639,6 +650,20 @@ def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
     """
     with _borrowed(model, {layer: lambda module, args, output: output.detach()}):
         return not _logits(model(x.clone().requires_grad_().clone())).requires_grad
+
+
+def _patches_count(model: nn.Module, x: Tensor, layer: str) -> bool:
+    """Whether the logits depend on what a layer has for the patches, or on its class token alone."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[0].clone()
+
+    with _borrowed(model, {layer: keep}):
+        score = _logits(model(x.clone())).amax()
+        gradient = torch.autograd.grad(score, kept, allow_unused=True)[0] if score.requires_grad else None
+    return gradient is not None and bool(_maps(gradient, x).any())
 
 
 def matching_layers(layers: str, stages_here: Sequence[str], stages_there: Sequence[str]) -> str:
@@ -661,164 +686,7 @@ def resolve_layers(model: nn.Module, x: Tensor, layer: str = "auto", shallow_lay
     return deep if layer == "auto" else layer, shallow if shallow_layer == "auto" else shallow_layer
 
 
-# ---------------------------------------------------------------------------------------------------- 6 images and data
-
-IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff"}
-
-
-def read_image(file: str | Path) -> Image.Image:
-    """An image file as RGB, turned as its EXIF says, 16-bit grey scaled to 8, transparency laid on white. ValueError
-    names a bad file.
-    """
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise ValueError(f"image: there is no file {file}.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image: {file} cannot be read ({error}).") from None
-    if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image, dtype=np.float64)
-        if not (grey.min() >= 0 and grey.max() < np.inf):
-            raise ValueError(
-                f"image: {file} has grey values from {grey.min()} to {grey.max()}; scale them to 0 and more."
-            )
-        full = max(grey.max(), 65535 if image.mode.startswith("I") else 1)
-        image = Image.fromarray((grey / full * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def preprocess(images: Image.Image | Sequence[Image.Image], size: int = 224) -> Tensor:
-    """RGB images -> (B, 3, size, size) float32: squashed to a square, scaled to [0, 1], minus ImageNet's mean, over its
-    deviation.
-
-    The whole picture is squashed, not its centre cut out, so a map covers the whole photograph and can be laid over it
-    at any size.
-    """
-    images = [images] if isinstance(images, Image.Image) else images
-    pixels = np.stack([np.asarray(i.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)) for i in images])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255  # stays channels-last in memory
-    return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
-
-
-def read_dataset(folder: str | Path, split: str | None = None):
-    """A data set as a pandas table, one row per image, sorted; files as absolute paths.
-
-    folder has either a manifest.csv, as notebook 01 writes it, or images in one of these layouts, with or without
-    train/ val/ test/ above: `{label}_{number}.jpg`, one folder per class, or plain files without labels. masks/ and
-    twins/ beside them, with the same relative names (.png), are found. Columns: id, split ("all" where there are no
-    splits), label ("" if unknown), file, mask, twin ("" if there is none), and whatever else a manifest has. split:
-    only these rows. Raises ValueError for a folder without images or without the asked split.
-    """
-    import pandas as pd
-
-    folder = Path(folder).resolve()
-    if (folder / "manifest.csv").is_file():
-        frame = pd.read_csv(folder / "manifest.csv", keep_default_na=False, dtype={"id": str})
-        for column in [c for c in frame if c in ("file", "mask", "hull", "twin", "mask_b")]:
-            frame[column] = [str(folder / name) if name else "" for name in frame[column]]
-        frame = frame.sort_values("id", kind="stable")
-    elif folder.is_dir():
-        frame = pd.DataFrame(_scan(folder), columns=["id", "split", "label", "file", "mask", "twin"])
-    else:
-        raise ValueError(
-            f"dataset: there is no folder {folder}. Run notebook 01 for the synthetic data, or give a folder of images."
-        )
-    if frame.empty:
-        raise ValueError(f"dataset: {folder} holds no images ({', '.join(sorted(IMAGE_TYPES))}).")
-    if split is not None:
-        known = sorted(frame.split.unique())
-        frame = frame[frame.split == split]
-        if frame.empty:
-            raise ValueError(f"dataset: {folder} has no split {split!r}; it has {', '.join(known)}.")
-    return frame.reset_index(drop=True)
-
-
-def _scan(folder: Path) -> list[tuple]:
-    side = ("masks", "twins", "hulls", "checkpoints")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
-    parts = [p.relative_to(folder).parts for p in files]
-    kept = [
-        (p, q) for p, q in zip(files, parts, strict=True) if q[0] not in side and not any(s.startswith(".") for s in q)
-    ]
-    numbered = [re.fullmatch(r"(.+)_(\d+)", p.stem) for p, _ in kept]
-    named = bool(kept) and all(numbered) and len({m[1] for m in numbered}) > 1  # IMG_0001, IMG_0002 ... are no labels
-    stems = [p.relative_to(folder).with_suffix("").as_posix() for p, _ in kept]
-    often = Counter(stems)
-    rows = []
-    for (file, part), match, stem in zip(kept, numbered, stems, strict=True):
-        split = part[0] if part[0] in ("train", "val", "test") and len(part) > 1 else "all"
-        inner = part[1:-1] if split != "all" else part[:-1]
-        label = inner[0] if inner else match[1] if named else ""
-        beside = [folder / name / file.relative_to(folder).with_suffix(".png") for name in ("masks", "twins")]
-        mask, twin = (str(p) if p.is_file() else "" for p in beside)
-        image_id = stem if often[stem] == 1 else f"{stem}{file.suffix}"
-        rows.append((image_id, split, label, str(file), mask, twin))
-    if len({row[2] for row in rows}) == 1:  # one name for all, such as a folder called "photos", tells no classes apart
-        rows = [(*row[:2], "", *row[3:]) for row in rows]
-    return rows
-
-
-def dataset_folder(repo: Path, data_dir: str, dataset: str) -> Path:
-    """Where the data set of the parameters lies: data_dir/synthetic for the synthetic one, else the given folder."""
-    return Path(repo) / data_dir / dataset if dataset == "synthetic" else (Path(repo) / Path(dataset).expanduser())
-
-
-def split_rows(frame, split: str):
-    """The rows of a split, "val" or "test", for choosing and for measuring.
-
-    A set without splits and with 40 or more images is halved by the hash of each file, so a file stays on its side
-    when others are added. A smaller one has no validation rows (an empty table) and all of it is for measuring.
-    """
-    named, loose = frame[frame["split"] == split], frame[frame["split"] == "all"]
-    if not named.empty or (frame["split"] != "all").any():
-        return named.reset_index(drop=True)
-    if len(loose) < 40:
-        return loose if split == "test" else loose.iloc[:0]
-    odd = np.array([int(sha256(f)[:8], 16) % 2 == 1 for f in loose["file"]])
-    return loose[odd == (split == "test")].reset_index(drop=True)
-
-
-def subset(frame, n: int, seed: int):
-    """The first n rows of a seeded permutation of the table (n = 0 or too large: all of it), so a smaller run is a
-    subset of a larger one.
-    """
-    order = np.random.default_rng([seed, 7]).permutation(len(frame))
-    return frame.iloc[order[: n or None]].reset_index(drop=True)
-
-
-def load_batch(frame, column: str = "file", size: int = 224) -> Tensor:
-    """The images of a table's column ("file" or "twin"), preprocessed: (B, 3, size, size)."""
-    return preprocess([read_image(f) for f in frame[column]], size)
-
-
-def load_masks(frame, column: str = "mask", size: int = 224) -> Tensor:
-    """The masks of a table's column as booleans, (B, size, size). ValueError names an empty mask, or a row that has
-    none.
-    """
-    masks = []
-    for row_id, file in zip(frame["id"], frame[column], strict=True):
-        if not file:
-            raise ValueError(f"image {row_id} has no {column}: keep only rows that have one.")
-        mask = np.asarray(read_image(file).convert("L").resize((size, size), Image.Resampling.NEAREST)) > 127
-        if not mask.any():
-            raise ValueError(f"the {column} of image {row_id} is empty ({file}); what counts are values above 127.")
-        masks.append(mask)
-    return torch.from_numpy(np.stack(masks))
-
-
-def safe_name(image_id: str) -> str:
-    """An image's id as a file name: everything but letters, digits, `.`, `+`, `-` becomes `_`, so it stays in its
-    folder, and a checksum follows where anything changed, so two ids never share a name.
-    """
-    name = re.sub(r"[^\w.+-]", "_", str(image_id)).lstrip(".") or "_"
-    return name if name == str(image_id) else f"{name}-{zlib.crc32(str(image_id).encode()):08x}"
-
-
-# --------------------------------------------------------------------------------------------------- 7 explain, overlay
+# ------------------------------------------------------------------------------------------------------------ 5 explain
 
 
 @dataclass(frozen=True)
@@ -844,30 +712,32 @@ def explain(
     layer: str | None = None,
     shallow_layer: str | None = None,
     alpha: float = 0.5,
-    size: int = 224,
+    size: int | None = None,
     rule: str = "product",
+    fuse: str = "product",
 ) -> Explanation:
     """One image, one map, one call.
 
     image: a path or PIL image (squashed to size x size, ImageNet-normalised), or a preprocessed tensor (3, H, W) or (1,
     3, H, W). target: class index, or None for the predicted class. method: "hybrid" (Grad-CAM at `layer` with LayerCAM
     at `shallow_layer`, by `rule` and alpha; see `hybrid`) or a name in CAMS (at `layer`). Layers default to
-    `default_layers`; both may be several, "layer2+layer3". The map has the size of the model's input;
-    `overlay` fits it to the photograph. Raises ValueError for an unknown method, and
-    what `capture` and `hybrid` raise.
+    `default_layers`; both may be several, "layer2+layer3", joined by `fuse` (see `fuse_layers`). size: the side of the
+    model's input, else its `image_size`, else 224; the map has this size, and `overlay` fits it to the photograph.
+    Raises ValueError for an unknown method, and what `capture` and `hybrid` raise.
     """
     if not isinstance(image, str | Path | Image.Image | Tensor):
         raise ValueError(f"image must be a path, a PIL image or a tensor; got {type(image).__name__}.")
     if isinstance(image, Tensor):
         x = image[None] if image.ndim == 3 else image
     else:
-        x = preprocess(image if isinstance(image, Image.Image) else read_image(image), size)
+        side = size or getattr(model, "image_size", 224)
+        x = preprocess(image if isinstance(image, Image.Image) else read_image(image), side)
     if x.ndim != 4 or len(x) != 1:
         raise ValueError(
             f"image: one at a time; got a tensor {tuple(image.shape)}. For batches use capture and the CAMs."
         )
     if method != "hybrid" and method not in CAMS:
-        raise ValueError(f"method={method!r} is unknown. {_nearest(method, ['hybrid', *CAMS])}")
+        raise ValueError(f"method={method!r} is unknown. {nearest(method, ['hybrid', *CAMS])}")
     first = next(model.parameters(), x)
     x = x.to(device=first.device, dtype=first.dtype)
     deep, shallow = (
@@ -876,11 +746,11 @@ def explain(
     deep, shallow = layer or deep, shallow_layer or shallow or deep
     both = list(dict.fromkeys([*shallow.split("+"), *deep.split("+")]))
     shot = capture(model, x, both if method == "hybrid" else deep.split("+"), target)
+    at = tuple(x.shape[2:]), fuse
     if method == "hybrid":
-        coarse, fine = cam_at(shot, grad_cam, deep, tuple(x.shape[2:])), cam_at(shot, layer_cam, shallow, x.shape[2:])
-        maps = hybrid(coarse, fine, alpha, rule=rule)
+        maps = hybrid(cam_at(shot, grad_cam, deep, *at), cam_at(shot, layer_cam, shallow, *at), alpha, rule=rule)
     else:
-        maps = cam_at(shot, CAMS[method], deep, tuple(x.shape[2:]))
+        maps = cam_at(shot, CAMS[method], deep, *at)
     index = int(shot.target[0])
     probability = float(shot.logits.float().softmax(1)[0, index])
     return Explanation(
@@ -888,33 +758,96 @@ def explain(
     )
 
 
-def overlay(
-    image: Image.Image | np.ndarray, cam: np.ndarray | Tensor, opacity: float = 0.4, colormap: str = "inferno"
-) -> np.ndarray:
-    """(1 - opacity) * image + opacity * colormap(cam), uint8 (H, W, 3) at the image's own size; the map is enlarged to
-    it bilinearly.
+def colours(cam: np.ndarray | Tensor, size: tuple[int, int] | None = None, colormap: str = "inferno") -> np.ndarray:
+    """A map in colours: (h, w) in [0, 1] -> uint8 (H, W, 3), enlarged bilinearly to size = (H, W) where it is given.
 
-    image: PIL, or uint8 (H, W) or (H, W, 3). cam: (h, w) in [0, 1]. Raises ValueError for an opacity or a map outside
-    [0, 1].
+    colormap: a name of matplotlib's. The default is even to the eye, in lightness too, so no value stands out but the
+    high ones; "jet", which much of the literature uses, is not. Raises ValueError for a map that is not in [0, 1] and
+    for an unknown name.
     """
     import cv2
     import matplotlib
 
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
     cam = np.asarray(cam.detach().cpu() if isinstance(cam, Tensor) else cam, dtype=np.float32)
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity={opacity!r} must lie in [0, 1].")
     if cam.ndim != 2 or not (cam.min() >= 0 and cam.max() <= 1):
         raise ValueError(
             f"cam must be a map (h, w) in [0, 1]; got shape {cam.shape}, values from {cam.min()} to {cam.max()}."
         )
-    cam = cv2.resize(cam, (pixels.shape[1], pixels.shape[0]), interpolation=cv2.INTER_LINEAR)
-    colours = matplotlib.colormaps[colormap](cam, bytes=True)[..., :3]
-    return cv2.addWeighted(np.ascontiguousarray(pixels), 1 - opacity, np.ascontiguousarray(colours), opacity, 0)
+    if colormap not in matplotlib.colormaps:
+        raise ValueError(f"colormap={colormap!r}: matplotlib has none. {nearest(colormap, list(matplotlib.colormaps))}")
+    if size is not None:
+        cam = cv2.resize(cam, size[::-1], interpolation=cv2.INTER_LINEAR)
+    table = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
+    return table[np.minimum(cam * 256, 255).astype(np.uint8)]  # as matplotlib does, in a tenth of the memory
 
 
-# -------------------------------------------------------------------------------------------------------- 8 method_maps
+def overlay(
+    image: Image.Image | np.ndarray, cam: np.ndarray | Tensor, opacity: float = 0.4, colormap: str = "inferno"
+) -> np.ndarray:
+    """(1 - opacity) * image + opacity * colours(cam), uint8 (H, W, 3) at the image's own size.
+
+    image: PIL, or uint8 (H, W) or (H, W, 3). cam: (h, w) in [0, 1]. Raises ValueError for an opacity outside [0, 1],
+    and as `colours` does.
+    """
+    import cv2
+
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity={opacity!r} must lie in [0, 1].")
+    coloured = colours(cam, pixels.shape[:2], colormap)
+    return cv2.addWeighted(np.ascontiguousarray(pixels), 1 - opacity, coloured, opacity, 0)
+
+
+def edge_overlay(image: Image.Image, cam: np.ndarray | Tensor, colormap: str = "inferno") -> np.ndarray:
+    """The map in colours with the image's Canny edges drawn over it in white: uint8 (H, W, 3) at the image's own size.
+
+    Canny, IEEE PAMI 1986, from OpenCV, on the grey image smoothed by 1/300 of its longer side, with thresholds 50 and
+    100; the lines are as wide. Shows where a map ends at an edge, with none of the image's brightness in the way.
+    """
+    import cv2
+
+    grey, width = np.asarray(image.convert("L")), max(image.size) / 300
+    edges = cv2.Canny(cv2.GaussianBlur(grey, (0, 0), width), 50, 100)
+    edges = cv2.dilate(edges, np.ones([max(1, round(width))] * 2, np.uint8))
+    drawn = colours(cam, grey.shape, colormap)
+    drawn[edges > 0] = 255
+    return drawn
+
+
+def save_pictures(
+    folder: Path, name: str, image: Image.Image, cam: np.ndarray | Tensor, colormap: str = "inferno"
+) -> None:
+    """Five pictures of one explanation, at the image's own size: folder/NAME_original.png, _grayscale (the map, 0 black
+    to 1 white), _heatmap (the map in colours), _overlay and _edges (`edge_overlay`).
+    """
+    size = image.size[::-1]
+    pictures = {
+        "original": np.asarray(image.convert("RGB")),
+        "grayscale": colours(cam, size, "gray"),
+        "heatmap": colours(cam, size, colormap),
+        "overlay": overlay(image, cam, colormap=colormap),
+        "edges": edge_overlay(image, cam, colormap),
+    }
+    for kind, pixels in pictures.items():
+        Image.fromarray(pixels[..., 0] if kind == "grayscale" else pixels).save(folder / f"{name}_{kind}.png")
+
+
+def top_classes(p: Tensor, class_names: Sequence[str], ids: Sequence[str], k: int = 5):
+    """The k most likely classes of each image as a table with image, rank (from 1), class, name and probability; p:
+    (B, K), as `probabilities` gives it.
+    """
+    import pandas as pd
+
+    values, indices = p.topk(min(k, p.shape[1]), dim=1)
+    return pd.DataFrame([
+        dict(image=image, rank=rank, name=class_names[c], probability=value) | {"class": c}
+        for image, row, chosen in zip(ids, values.tolist(), indices.tolist(), strict=True)
+        for rank, (value, c) in enumerate(zip(row, chosen, strict=True), 1)
+    ])  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- 6 method_maps
 
 # name -> (label in tables and figures, colour from Okabe and Ito's colour-blind safe set or a grey for controls)
 STYLE: dict[str, tuple[str, str]] = {
@@ -1027,7 +960,7 @@ def _generator(seed: int, image_id: str, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream, zlib.crc32(str(image_id).encode())])
 
 
-# ------------------------------------------------------------------------------------------------------- 9 faithfulness
+# ------------------------------------------------------------------------------------------------------- 7 faithfulness
 
 
 @torch.inference_mode()
@@ -1044,36 +977,55 @@ def probabilities(model: nn.Module, x: Tensor, batch_size: int = 32, precision: 
     return torch.cat(rows)
 
 
-def measurable(model: nn.Module, frame, n: int = 0, seed: int = 0, batch_size: int = 32, precision: str = "float32"):
-    """The images on which explanations are judged: (rows, number left out).
+def measurable(
+    model: nn.Module,
+    frame,
+    n: int = 0,
+    seed: int = 0,
+    batch_size: int = 32,
+    precision: str = "float32",
+    strict: bool = False,
+    size: int = 224,
+):
+    """The images on which explanations are judged: (rows, left out).
 
     Walks through a seeded permutation of the table until n images are found (0 = all). Each gets the columns target
     (the predicted class) and p_image (its probability); where the data has twins (the same image without its lesion)
     also p_twin, and only images whose lesion the network really uses count: p_image - p_twin > 0.5. Images without a
-    twin in such a data set, which show nothing to find, are passed over uncounted.
+    twin in such a data set, which show nothing to find, are passed over uncounted. Where the table has a column known
+    (`class_indices`) and boxes, images whose known class is another than the predicted one do not count either: a map
+    of another class need not lie in the box. left out: a table of id, file and reason, those of the files that cannot
+    be read among them (with strict they raise); see `report_left_out`.
     """
     import pandas as pd
 
     twins = bool((frame["twin"] != "").any())
     frame = subset(frame[frame["twin"] != ""] if twins else frame, 0, seed)
-    kept, left_out, found = [frame.iloc[:0].assign(target=0, p_image=0.0)], 0, 0
+    boxed = "known" in frame and not twins and bool((frame["truth"] == "boxes").any())
+    kept, left_out, found = [frame.iloc[:0].assign(target=0, p_image=0.0)], [], 0
     for begin in range(0, len(frame), batch_size):
-        part = frame.iloc[begin : begin + batch_size]
-        p, target = probabilities(model, load_batch(part), batch_size, precision).max(1)
-        part = part.assign(target=target.cpu().numpy(), p_image=p.cpu().numpy())
+        part, bad = split_readable(frame.iloc[begin : begin + batch_size], strict)
+        left_out += bad
+        if part.empty:
+            continue
+        p, target = probabilities(model, load_batch(part, size=size), batch_size, precision).max(1)
+        part, uses = part.assign(target=target.cpu().numpy(), p_image=p.cpu().numpy()), np.ones(len(part), bool)
         if twins:
-            without = probabilities(model, load_batch(part, "twin"), batch_size, precision)
+            without = probabilities(model, load_batch(part, "twin", size), batch_size, precision)
             part = part.assign(p_twin=without.gather(1, target[:, None])[:, 0].cpu().numpy())
             uses = (part.p_image - part.p_twin > 0.5).to_numpy()
-        else:
-            uses = np.ones(len(part), bool)
+        elif boxed:
+            uses = ((part["known"] == part["target"]) | (part["known"] < 0)).to_numpy()
         wanted = n - found if n else len(part)
         stop = int(np.flatnonzero(uses)[wanted - 1]) + 1 if uses.sum() >= wanted else len(part)
         kept.append(part.iloc[:stop][uses[:stop]])
-        left_out, found = left_out + int((~uses[:stop]).sum()), found + int(uses[:stop].sum())
+        unused = part.iloc[:stop][~uses[:stop]]
+        left_out += unused[["id", "file"]].assign(reason=UNUSED if twins else MISTAKEN).to_dict("records")
+        found += int(uses[:stop].sum())
         if n and found >= n:
             break
-    return pd.concat(kept[1:] or kept).reset_index(drop=True), left_out
+    rows = pd.concat(kept[1:] or kept).reset_index(drop=True)
+    return rows, pd.DataFrame(left_out, columns=["id", "file", "reason"])
 
 
 def pixel_rank(maps: Tensor, ids: Sequence[str], seed: int = 0) -> Tensor:
@@ -1185,17 +1137,19 @@ def blur(x: Tensor) -> Tensor:
 def baselines(x: Tensor, name: str, twin: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(where insertion starts, where deletion ends) for preprocessed images x: (B, 3, H, W) each.
 
-    "rise": the blurred image, mean grey (zero after normalisation). "black": black, black. "twin": the same image
-    without its lesion, both.
+    "rise": the blurred image, mean grey (zero after normalisation). "zero": mean grey, mean grey. "black": black,
+    black. "twin": the same image without its lesion, both.
     """
     if name == "rise":
         return blur(x), torch.zeros_like(x)
+    if name == "zero":
+        return torch.zeros_like(x), torch.zeros_like(x)
     if name == "black":
         black = (-torch.tensor(MEAN) / torch.tensor(STD)).to(x).view(1, 3, 1, 1).expand_as(x)
         return black, black
     if name == "twin" and twin is not None:
         return twin, twin
-    raise ValueError(f"baseline={name!r} must be 'rise', 'black', or, where the data has twins, 'twin'.")
+    raise ValueError(f"baseline={name!r} must be 'rise', 'zero', 'black', or, where the data has twins, 'twin'.")
 
 
 def faithfulness(
@@ -1321,7 +1275,7 @@ def _rise_masks(grids: Tensor, shifts: Sequence[Sequence[int]], size: tuple[int,
     return torch.stack([m[y : y + height, x : x + width] for m, (y, x) in zip(large, shifts, strict=True)])
 
 
-# ------------------------------------------------------------------------------------------------------ 10 localisation
+# ------------------------------------------------------------------------------------------------------- 8 localisation
 
 
 def _check_masks(maps: Tensor, masks: Tensor) -> None:
@@ -1439,7 +1393,7 @@ def box_iou(maps: Tensor, boxes: Sequence[Sequence[Sequence[float]]], threshold:
     return np.array(found)
 
 
-# ------------------------------------------------------------------------------------------------------------ 11 sanity
+# ------------------------------------------------------------------------------------------------------------- 9 sanity
 
 
 def similarity(a: Tensor, b: Tensor) -> dict[str, np.ndarray]:
@@ -1514,7 +1468,7 @@ def _reinitialise(layer: nn.Module, seed: int) -> None:
                 p.normal_(std=0.02)
 
 
-# -------------------------------------------------------------------------------------------------------- 12 statistics
+# -------------------------------------------------------------------------------------------------------- 10 statistics
 
 LOWER_IS_BETTER = {"deletion", "deletion_blocks", "deletion_fine", "drop", "class_spearman", "class_ssim"}
 ROUNDING = 1e-6  # what float32 arithmetic in another order may change; a difference below it is none
@@ -1527,8 +1481,9 @@ def compare(metrics, reference: str = "grad_cam", seed: int = 0, resamples: int 
     (mean of value minus the reference's), low and high (95 % BCa bootstrap interval of it), p (sign-flip permutation
     test of the mean; exact McNemar for values that are all 0 or 1), effect (mean over standard deviation of the
     differences), won (share of images strictly better; deletion: lower is better) and identical (every difference is
-    zero: nothing to test, p and interval are empty). Efron 1987 for BCa; SciPy computes it. Raises ValueError when the
-    reference is missing or an image lacks a method.
+    zero: nothing to test, p and interval are empty). Efron 1987 for BCa; SciPy computes it. Interval, p, effect and won
+    are those of the differences cut to whole multiples of ROUNDING, so that rounding errors break no ties. Raises
+    ValueError when the reference is missing or an image lacks a method.
     """
     import pandas as pd
     from scipy.stats import binomtest, bootstrap, permutation_test
@@ -1542,7 +1497,7 @@ def compare(metrics, reference: str = "grad_cam", seed: int = 0, resamples: int 
             raise ValueError(f"{metric}: not every image has a value for every method, so they cannot be paired.")
         for method in part.method.unique():
             value, base = wide[method].to_numpy(float), wide[reference].to_numpy(float)
-            d, n = value - base, len(wide)
+            d, n = np.trunc((value - base) / ROUNDING), len(wide)  # whole numbers: their sums tie alike on any machine
             row = dict(
                 metric=metric,
                 baseline=baseline,
@@ -1550,19 +1505,19 @@ def compare(metrics, reference: str = "grad_cam", seed: int = 0, resamples: int 
                 n=n,
                 mean=value.mean(),
                 reference_mean=base.mean(),
-                difference=d.mean(),
+                difference=(value - base).mean(),
             )
-            same = bool(np.abs(d).max() < ROUNDING)
+            same = not d.any()
             row.update(low=np.nan, high=np.nan, p=np.nan, effect=np.nan, identical=same, reference=reference)
-            row["won"] = float(((-d if metric in LOWER_IS_BETTER else d) > ROUNDING).mean())
+            row["won"] = float(((-d if metric in LOWER_IS_BETTER else d) > 0).mean())
             if not same and n > 1:
-                spread = d.std(ddof=1) if np.ptp(d) > ROUNDING else 0.0
+                spread = d.std(ddof=1) if np.ptp(d) > 1 else 0.0
                 row["effect"] = d.mean() / spread if spread > 0 else np.nan
                 if spread > 0:
                     interval = bootstrap(
                         (d,), np.mean, n_resamples=resamples, method="BCa", rng=np.random.default_rng(seed)
                     ).confidence_interval
-                    row.update(low=interval.low, high=interval.high)
+                    row.update(low=interval.low * ROUNDING, high=interval.high * ROUNDING)
                 if set(np.unique([value, base])) <= {0.0, 1.0}:
                     row["p"] = binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue
                 else:
@@ -1614,7 +1569,7 @@ def verdict(row: Mapping, p_column: str = "p") -> str:
     return f"{name}: {metric} {word} than {reference} ({numbers}, n = {row['n']})."
 
 
-# -------------------------------------------------------------------------------------------------- 13 runs and figures
+# -------------------------------------------------------------------------------------------------- 11 runs and figures
 
 RUN_ID = os.environ.get("HYBRID_CAM_RUN", "interactive")  # the runner sets it; every file written below carries it
 
@@ -1667,6 +1622,21 @@ def save_table(frame, path: str | Path, caption: str = "") -> None:
         Path(path).with_suffix(".tex").write_text(f"% run {RUN_ID}, for the booktabs package\n{text}", "utf-8")
 
 
+UNUSED, MISTAKEN = "the network does not use its lesion", "the network sees another class in it"
+
+
+def report_left_out(left_out, out: Path, notebook: str) -> None:
+    """Say how many images were left out and why; write those whose files cannot be read to tables/NN_skipped.csv, which
+    the runner repeats at the end of the run.
+    """
+    broken = left_out[~left_out["reason"].isin([UNUSED, MISTAKEN])]
+    for reason, count in left_out["reason"].drop(broken.index).value_counts().items():
+        print(f"{count} left out because {reason}")
+    if len(broken):
+        save_table(broken, Path(out) / "tables" / f"{notebook}_skipped.csv")
+        print(f"{len(broken)} left out because a file cannot be read:", *broken["reason"].head(5), sep="\n  ")
+
+
 def save_json(content: Mapping, path: str | Path) -> None:
     """Write a small JSON file with sorted keys and the run's id."""
     Path(path).write_text(
@@ -1675,13 +1645,13 @@ def save_json(content: Mapping, path: str | Path) -> None:
 
 
 def code_hash(*functions: Callable) -> str:
-    """SHA-256 of the functions' code and of all that it reaches: functions and plain values of this module, of the
-    notebook, and of the modules of registered CAMs and fusions; docstrings and comments aside. It tells whether
-    finished work is still what today's code would make. Not followed: functools.partial, callable objects, and what
-    lists or dicts hold beyond functions; delete data/cache after changing such.
+    """SHA-256 of the functions' code and of all that it reaches: functions and plain values of this module,
+    `cam_inputs`, the notebook, and the modules of registered CAMs and fusions; docstrings and comments aside. It tells
+    whether finished work is still what today's code would make. Not followed: functools.partial, callable objects, and
+    what lists or dicts hold beyond functions; delete data/cache after changing such.
     """
     registered = [*functions, *CAMS.values(), *FUSIONS.values()]
-    modules = {__name__, "__main__", *(getattr(f, "__module__", "") for f in registered)}
+    modules = {__name__, "cam_inputs", "__main__", *(getattr(f, "__module__", "") for f in registered)}
     parts: dict[str, str] = {}
     todo: list = list(functions)
     while todo:
@@ -1730,19 +1700,17 @@ def cached(folder: str | Path, key: Mapping, make: Callable[[], list[dict]]) -> 
     return json.loads(file.read_text("utf-8"))["records"]
 
 
-def sha256(file: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def panel(ax, image, cam=None, mask=None, title: str = "", opacity: float = 0.5) -> None:
     """One picture of a grid: the image, with a map laid over it and the contour of a mask (white on black) where they
-    are given.
+    are given. A large image without a mask is shown with 800 pixels on its longer side.
     """
     import cv2
 
     pixels = np.asarray(image)
+    if mask is None and max(pixels.shape[:2]) > 800:
+        pixels = cv2.resize(
+            pixels, None, fx=800 / max(pixels.shape[:2]), fy=800 / max(pixels.shape[:2]), interpolation=cv2.INTER_AREA
+        )
     ax.imshow(pixels if cam is None else overlay(pixels, cam, opacity), cmap="gray" if pixels.ndim == 2 else None)
     if mask is not None:
         shape = np.asarray(mask).astype(np.uint8)

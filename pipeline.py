@@ -9,9 +9,8 @@ the results in place are compared (see check.py) with results/reference/NAME, NA
 -f, or else "default". Exit codes: 0 done, 1 a notebook failed or --check found a difference, 2 refused before the first
 notebook started, 130 or 143 stopped by a signal."""
 import argparse
-import ast
+import csv
 import ctypes
-import difflib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -27,101 +26,10 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 import check
+from parameters import ROOT, declared, parse, read_cells, read_given, refuse, settle
 
-ROOT = Path(__file__).resolve().parent
 READERS = {"01": ("02", "03", "04", "05"), "04": ("05",)}  # which notebooks read what a notebook writes
-TYPES = {  # what a value of a type is called, what it looks like, and how it is read; all the rest is text
-    "None": ("none", r"none|null", lambda word: None),
-    "bool": ("true or false", r"true|false", lambda word: word == "true"),
-    "int": ("a whole number", r"[+-]?\d+", int),
-    "float": ("a number", r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", float)}
-CHOICES = {"precision": "float32 bf16", "method": "main all", "rule": "auto product floored mean maximum"}
-LEAST = {0: "n_images n_extra fine_steps rise_masks threads seed", 1: "steps batch_size", 5: "n_train n_val n_test"}
-ALLOWED = {  # what is allowed beyond the type: in words, and as a test of the value
-    "alpha": ("auto, or a number from 0 to 1", lambda v: v == "auto" or not isinstance(v, str) and 0 <= v <= 1),
-    "device": ("auto, cpu, cuda, cuda:N or mps", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)),
-    **{name: (ok.replace(" ", " or "), lambda v, ok=ok: v in ok.split()) for name, ok in CHOICES.items()},
-    "baseline": ("one or more of twin,rise,black", lambda v: set(v.split(",")) <= {"twin", "rise", "black"}),
-    "dataset": ("synthetic, or an existing folder", lambda v: v == "synthetic" or Path(v).is_dir()),
-    "weights": ("auto, imagenet, or an existing .pth file",
-                lambda v: v in ("auto", "imagenet") or v.endswith(".pth") and Path(v).is_file()),
-    "also": ("nothing, or the name of a torchvision classifier", lambda v: re.fullmatch(r"\w*", v)),
-    **{name: (f"a whole number, {low} or more", lambda v, low=low: v >= low)
-       for low, names in LEAST.items() for name in names.split()}}
-
-
-def refuse(message):
-    print(f"run_all.sh: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def read_cells(path):
-    return [cell | {"source": "".join(cell["source"])} for cell in json.loads(path.read_text("utf-8"))["cells"]]
-
-
-def declared(path):
-    """The parameters a notebook declares, {name: (types, default)}; papermill's own inspector drops unions."""
-    try:
-        sources = [cell["source"] for cell in read_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
-        if len(sources) != 1:
-            raise ValueError(f"{len(sources)} cells are tagged 'parameters', there must be exactly one")
-        found = {}
-        for line in ast.parse(sources[0]).body:
-            types = [part.strip() for part in ast.unparse(getattr(line, "annotation", line)).split("|")]
-            if not isinstance(line, ast.AnnAssign) or line.value is None or not set(types) <= {*TYPES, "str"}:
-                raise ValueError(f"not a parameter of the form `name: type = literal`: {ast.unparse(line)}")
-            found[line.target.id] = (types, ast.literal_eval(line.value))
-        return found
-    except (ValueError, KeyError, SyntaxError) as error:
-        refuse(f"{path.name}: {error}")
-
-
-def located(value):
-    """An existing path made absolute, looked for where the user stands and then in the repository."""
-    paths = [base / Path(value).expanduser() for base in (Path.cwd(), ROOT)]
-    return next((str(path.resolve()) for path in paths if path.exists()), value)
-
-
-def parse(name, types, value, source):
-    """A word of the command line or a scalar of a YAML file as the type declared; ends the run if it is not allowed."""
-    words, test = ALLOWED.get(name, (" or ".join(TYPES.get(kind, ["text"])[0] for kind in types), lambda v: True))
-    word = value.strip().lower() if isinstance(value, str) else json.dumps(value, default=str)
-    readings = [read(word) for kind, (_, look, read) in TYPES.items() if kind in types and re.fullmatch(look, word)]
-    if "str" in types and isinstance(value, str):
-        is_file = name in ("dataset", "weights") and value not in ("synthetic", "auto", "imagenet")
-        readings.append(located(value) if is_file else value)
-    if not readings or not test(readings[0]):
-        refuse(f"{source}: {name} cannot be {value!r}. Allowed: {words}.")
-    return readings[0]
-
-
-def read_given(args):
-    """The parameters the user gave and results_dir, {name: (value, source)}; the command line wins over the file."""
-    try:
-        content = yaml.safe_load(Path(located(args.f)).read_text("utf-8")) if args.f else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        refuse(f"-f {args.f}: {error}")
-    if not isinstance(content, dict):
-        refuse(f"-f {args.f}: a parameter file holds lines of the form `name: value`.")
-    from_file = {str(name): (value, f"-f {args.f}") for name, value in content.items()}
-    return {"results_dir": ("results/default", "default")} | from_file | {name: (value, "-p") for name, value in args.p}
-
-
-def settle(given, specs, chosen):
-    """The parameters of every notebook, {notebook: {name: value}}; ends the run if one is unknown or not allowed."""
-    names = sorted({name for spec in specs.values() for name in spec} - {"root"} | {"results_dir"})
-    for name, (_, source) in given.items():
-        if name not in names:
-            near = "".join(difflib.get_close_matches(name, names, 1, 0))
-            refuse(f"{source}: there is no parameter {name!r}. Nearest: {near}. All: {', '.join(names)}.")
-        if source == "-p" and name != "results_dir" and not any(name in specs[stem] for stem in chosen):
-            refuse(f"-p: {name} would have no effect, none of these declares it: {', '.join(chosen)}.")
-    return {stem: {name: parse(name, types, *given[name]) if name in given else default
-                   for name, (types, default) in spec.items() if name not in ("root", "results_dir")}
-            for stem, spec in specs.items()}
 
 
 def select(stems, only, start):
@@ -134,10 +42,11 @@ def select(stems, only, start):
 
 
 def run_id(parameters, notebooks):
-    """12 hex digits of all that determines the results: parameters, cells, core, requirements, weights."""
+    """12 hex digits of all that determines the results: parameters, cells, modules, requirements, weights, network."""
     cells = [[cell["source"] for cell in read_cells(path)] for path in notebooks.values()]
-    files = {ROOT / "cam_core.py", ROOT / "requirements.txt", *(ROOT / "data/checkpoints").glob("*.pth")}
+    files = {*ROOT.glob("cam_*.py"), ROOT / "requirements.txt", *(ROOT / "data/checkpoints").glob("*.pth")}
     files |= {Path(values["weights"]) for values in parameters.values() if "weights" in values}
+    files |= {Path(values["arch"].rpartition(":")[0]) for values in parameters.values() if "arch" in values}
     hashes = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())
     return hashlib.sha256(json.dumps([parameters, cells, hashes], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -231,6 +140,15 @@ def finish(path, run, *renamed):
     path.with_suffix(".html").write_text(f"{html}<!-- run {run} -->\n", "utf-8")
 
 
+def say_skipped(target):
+    """Name the files that the notebooks could not read and went on without (tables/NN_skipped.csv)."""
+    tables = [csv.DictReader(open(path, encoding="utf-8")) for path in target.glob("tables/[0-9][0-9]_skipped.csv")]
+    reasons = dict.fromkeys(row["reason"] for table in tables for row in table)
+    if reasons:
+        print(f"{len(reasons)} file(s) could not be read and were skipped (tables/*_skipped.csv; strict = true stops):",
+              *list(reasons)[:5], *["..."] * (len(reasons) > 5), sep="\n  ", flush=True)
+
+
 def run_all(args):
     """Check everything, run the notebooks, put the results in place."""
     notebooks = {path.stem: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
@@ -272,6 +190,7 @@ def run_all(args):
     first = [target / name for name in ("report.html", f"notebooks/{chosen[-1]}.html", "summary.csv", "figures")]
     print(f"Done in {time.monotonic() - begin:.0f} s: {len(manifest['files'])} files in {target}. Look first at",
           *(f"  {path}" for path in first if path.exists()), sep="\n", flush=True)
+    say_skipped(target)
     if args.check:
         check.report(target, reference)
 

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+import parameters
 import pipeline
 
 STEMS = ["01_dataset_synthesis", "02_gradcam", "03_layercam", "04_hybrid_fusion", "05_evaluation"]
@@ -15,7 +16,7 @@ PARAMETER = re.compile(r"[a-z_]+: (str|int|float|bool|None)( \| (str|int|float|b
 
 
 def cells_of(stem):
-    return pipeline.read_cells(pipeline.ROOT / "notebooks" / f"{stem}.ipynb")
+    return parameters.read_cells(pipeline.ROOT / "notebooks" / f"{stem}.ipynb")
 
 
 def code_of(stem):
@@ -56,21 +57,21 @@ def test_the_second_cell_is_the_only_parameters_cell_and_holds_annotated_literal
     assert [number for number, cell in enumerate(cells) if is_tagged(cell)] == [1]
     for line in cells[1]["source"].splitlines():
         assert PARAMETER.fullmatch(line), line
-    assert {"root", "results_dir"} <= set(pipeline.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb"))
+    assert {"root", "results_dir"} <= set(parameters.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb"))
 
 
 def test_one_name_has_one_type_and_one_default_everywhere():
     found = {}
     for stem in STEMS:
-        for name, declaration in pipeline.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb").items():
+        for name, declaration in parameters.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb").items():
             first, where = found.setdefault(name, (declaration, stem))
             assert declaration == first, f"{name} differs between {where} and {stem}"
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_the_defaults_are_allowed(stem):
-    for name, (types, default) in pipeline.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb").items():
-        assert pipeline.parse(name, types, default, stem) == default
+    for name, (types, default) in parameters.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb").items():
+        assert parameters.parse(name, types, default, stem) == default
 
 
 @pytest.mark.parametrize("path", sorted((pipeline.ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)
@@ -78,9 +79,9 @@ def test_the_parameter_files_are_allowed_and_name_their_own_results_folder(path)
     class Arguments:
         f, p = str(path), []
 
-    specs = {stem: pipeline.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb") for stem in STEMS}
-    given = pipeline.read_given(Arguments)
-    pipeline.settle(given, specs, STEMS)
+    specs = {stem: parameters.declared(pipeline.ROOT / "notebooks" / f"{stem}.ipynb") for stem in STEMS}
+    given = parameters.read_given(Arguments)
+    parameters.settle(given, specs, STEMS)
     assert given["results_dir"][0] == f"results/{path.stem}"
 
 
@@ -93,7 +94,10 @@ def test_the_second_code_cell_is_the_same_in_every_notebook():
 def test_cells_are_short_and_every_idea_has_its_words_first(stem):
     cells = cells_of(stem)
     code = [number for number, cell in enumerate(cells) if cell["cell_type"] == "code"]
-    assert not [number for number in code if len(cells[number]["source"].splitlines()) > 25], "cells of over 25 lines"
+    long = [
+        number for number in code if len(cells[number]["source"].splitlines()) > 25 and not is_tagged(cells[number])
+    ]
+    assert not long, "cells of over 25 lines (the parameters, a line each, may be more)"
     assert not [number for number in code[2:] if cells[number - 1]["cell_type"] == "code"], "cells without words before"
 
 
@@ -117,8 +121,8 @@ def test_no_function_is_defined_in_two_places():
             for node in ast.walk(ast.parse(source)):
                 if isinstance(node, ast.FunctionDef | ast.ClassDef):
                     assert found.setdefault(node.name, stem) == stem, f"{node.name}: {found[node.name]} and {stem}"
-    core = ast.parse((pipeline.ROOT / "cam_core.py").read_text("utf-8"))
-    again = {node.name for node in core.body if isinstance(node, ast.FunctionDef)} & set(found)
+    modules = [ast.parse((pipeline.ROOT / name).read_text("utf-8")) for name in ("cam_core.py", "cam_inputs.py")]
+    again = {node.name for core in modules for node in core.body if isinstance(node, ast.FunctionDef)} & set(found)
     assert not again, "cam_core has these already"
 
 
@@ -151,8 +155,9 @@ def test_every_picture_and_link_of_the_documents_exists():
                 assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
-def test_the_runner_stays_small():
-    assert len((pipeline.ROOT / "pipeline.py").read_text("utf-8").splitlines()) <= 300
+@pytest.mark.parametrize("name", ["pipeline.py", "parameters.py", "check.py"])
+def test_the_runner_stays_small(name):
+    assert len((pipeline.ROOT / name).read_text("utf-8").splitlines()) <= 300
 
 
 def test_notebooks_are_valid_and_name_the_kernel():

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import cam_core as cc
+import cam_inputs
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -437,7 +438,7 @@ def pairs(tmp_path):
         file = str(save(tmp_path / f"{k}.png", np.full((8, 8, 3), 230, np.uint8)))
         grey = {0: 51, 1: 153, 2: None}[k % 3]
         twin = "" if grey is None else str(save(tmp_path / f"t{k}.png", np.full((8, 8, 3), grey, np.uint8)))
-        rows.append(dict(id=f"{k:02d}", split="test", label="x", file=file, mask="", twin=twin, kind=k % 3))
+        rows.append(dict(id=f"{k:02d}", split="test", label="x", file=file, mask="", truth="", twin=twin, kind=k % 3))
     return pd.DataFrame(rows)
 
 
@@ -455,7 +456,8 @@ def test_measurable(pairs, n, batch_size, seed):
         else:
             left_out += 1
     found, passed_over = cc.measurable(Brightness(), pairs, n, seed, batch_size)
-    assert found["id"].tolist() == walked and passed_over == left_out
+    assert found["id"].tolist() == walked and len(passed_over) == left_out
+    assert set(passed_over.reason) <= {cc.UNUSED}
     assert found.p_image.tolist() == pytest.approx([230 / 255] * len(walked), abs=1e-5)
     assert found.p_twin.tolist() == pytest.approx([0.2] * len(walked), abs=1e-5) and (found.target == 1).all()
     assert found.index.tolist() == list(range(len(walked)))
@@ -464,13 +466,13 @@ def test_measurable(pairs, n, batch_size, seed):
 def test_measurable_without_twins_takes_all_images(pairs):
     pairs["twin"] = ""
     found, left_out = cc.measurable(Brightness(), pairs, 5, seed=1)
-    assert found["id"].tolist() == cc.subset(pairs, 5, 1)["id"].tolist() and left_out == 0
+    assert found["id"].tolist() == cc.subset(pairs, 5, 1)["id"].tolist() and left_out.empty
     assert "p_twin" not in found and len(cc.measurable(Brightness(), pairs, 0)[0]) == 12
 
 
 def test_measurable_where_the_network_uses_nothing(pairs):
     found, left_out = cc.measurable(Brightness(), pairs[pairs.kind == 1], 3)
-    assert len(found) == 0 and left_out == 4 and "target" in found
+    assert len(found) == 0 and len(left_out) == 4 and "target" in found
 
 
 # ---------------------------------------------------------------------------------------------------------- load_model
@@ -617,15 +619,17 @@ def test_files_that_hold_no_weights(tmp_path, content):
 def test_missing_file_and_unknown_architecture(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no file .*gone.pth. Checkpoints that ship"):
         cc.load_model(ARCH, tmp_path / "gone.pth")
-    monkeypatch.setattr(cc, "HOME", tmp_path)
+    monkeypatch.setattr(cam_inputs, "HOME", tmp_path)
     with pytest.raises(FileNotFoundError, match="Checkpoints that ship: none"):
         cc.load_model("resnet18")
-    with pytest.raises(ValueError, match="arch='resnet19' is not a torchvision classifier. Nearest: resnet1"):
+    with pytest.raises(
+        ValueError, match="arch='resnet19' is neither a torchvision classifier nor FILE.py:name. Nearest: resnet1"
+    ):
         cc.load_model("resnet19")
 
 
 def test_auto_is_the_checkpoint_that_ships(tmp_path, monkeypatch):
-    monkeypatch.setattr(cc, "HOME", tmp_path)
+    monkeypatch.setattr(cam_inputs, "HOME", tmp_path)
     (tmp_path / "data" / "checkpoints").mkdir(parents=True)
     net = checkpoint(tmp_path / "data" / "checkpoints" / f"{ARCH}.pth", half=False)
     assert state(cc.load_model(ARCH)[0])["tensors"] == state(net)["tensors"]

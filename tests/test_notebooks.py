@@ -11,6 +11,8 @@ import yaml
 from nbrun import papermill, pixels
 from PIL import Image
 
+import cam_core as cc
+
 
 @pytest.fixture(scope="session")
 def smoke(repo, tmp_path_factory):
@@ -110,6 +112,7 @@ def test_a_folder_of_photographs(repo, smoke, tmp_path):
     for i, (w, h) in enumerate([(320, 200), (150, 260), (224, 224), (400, 300)]):
         smooth = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
         smooth.save(photos / f"photo{i}.jpg")
+    (photos / "broken.jpg").write_bytes((photos / "photo0.jpg").read_bytes()[:900])
     command = [sys.executable, str(repo / "pipeline.py"), "--results-dir", str(tmp_path / "run"), "--from", "02"]
     given = {
         "dataset": photos,
@@ -129,3 +132,28 @@ def test_a_folder_of_photographs(repo, smoke, tmp_path):
     assert {"insertion", "deletion", "insertion_blocks", "drop", "ties"} <= set(metrics.metric)
     executed = (tmp_path / "run" / "notebooks" / "05_evaluation.ipynb").read_text(encoding="utf-8")
     assert "localisation is left out" in executed
+    assert "1 file(s) could not be read and were skipped" in done.stdout and "broken.jpg" in done.stdout
+
+
+def test_photographs_with_boxes(repo, tmp_path):
+    """Localisation against a boxes.csv, on the images whose class the network recognises; pictures of each, five."""
+    model, info = cc.load_model("resnet18")
+    rng, lines = np.random.default_rng(1), ["file,x0,y0,x1,y1,class"]
+    (tmp_path / "photos").mkdir()
+    for i, (w, h) in enumerate([(320, 200), (150, 260), (240, 240)]):
+        file = tmp_path / "photos" / f"photo{i}.png"
+        smooth = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
+        smooth.save(file)
+        seen = int(model(cc.preprocess(cc.read_image(file))).argmax())
+        lines.append(f"photo{i}.png,{w // 4},{h // 4},{w},{h},{seen if i else (seen + 1) % 5}")  # the first is mistaken
+    (tmp_path / "photos" / "boxes.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given = {"root": repo, "dataset": tmp_path / "photos", "weights": repo / "data" / "checkpoints" / "resnet18.pth"}
+    given |= {"results_dir": tmp_path, "data_dir": tmp_path, "steps": 3, "n_extra": 1, "n_images": 0, "threads": 1}
+    given |= {"alpha": 0.5, "shallow_layer": "layer2", "rule": "product", "baseline": "rise", "colormap": "viridis"}
+    notebook = next((repo / "notebooks").glob("05_*.ipynb"))
+    done = papermill(notebook, tmp_path / "05.ipynb", given, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = pd.read_csv(tmp_path / "metrics.csv", keep_default_na=False)
+    assert set(metrics[metrics.metric == "energy"].image) == {"photo1", "photo2"}
+    for kind in ("original", "grayscale", "heatmap", "overlay", "edges"):
+        assert Image.open(tmp_path / "images" / f"05_photo1_{kind}.png").size == (150, 260), kind

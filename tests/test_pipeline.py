@@ -13,6 +13,7 @@ import nbformat
 import pytest
 
 import check
+import parameters
 import pipeline
 
 PARAMETERS = """root: str = ""  # repository root
@@ -46,7 +47,7 @@ def make_repository(root):
     """A repository with three small notebooks; 04 fails in the way its parameter `mode` says."""
     for folder in ("data/checkpoints", "results"):
         (root / folder).mkdir(parents=True)
-    for module in (pipeline, check):
+    for module in (pipeline, parameters, check):
         shutil.copy(module.__file__, root)
     (root / "cam_core.py").write_text("")
     (root / "requirements.txt").write_text("papermill==0  # only the name is read\n")
@@ -120,7 +121,8 @@ def finished(fake, tmp_path_factory):
 @pytest.fixture
 def here(fake, monkeypatch):
     """The module `pipeline` as if it lay in the small repository, for its functions."""
-    monkeypatch.setattr(pipeline, "ROOT", fake)
+    for module in (pipeline, parameters):
+        monkeypatch.setattr(module, "ROOT", fake)
     return fake
 
 
@@ -148,7 +150,7 @@ def refusal(capsys, function, *arguments):
     ],
 )  # fmt: skip
 def test_a_value_is_parsed_by_the_declared_type(types, value, parsed):
-    result = pipeline.parse("anything", types.split(" | "), value, "-p")
+    result = parameters.parse("anything", types.split(" | "), value, "-p")
     assert (result, type(result)) == (parsed, type(parsed))
 
 
@@ -162,7 +164,7 @@ def test_a_value_is_parsed_by_the_declared_type(types, value, parsed):
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(capsys, types, value):
-    said = refusal(capsys, pipeline.parse, "size", types.split(" | "), value, "-f x.yaml")
+    said = refusal(capsys, parameters.parse, "size", types.split(" | "), value, "-f x.yaml")
     assert "-f x.yaml: size cannot be" in said and "Allowed: " in said
 
 
@@ -172,7 +174,7 @@ def test_a_value_of_another_type_is_refused(capsys, types, value):
         ("alpha", "float | str", ["auto", 0, "1", "1e-3", 0.5], ["Auto", 1.01, "-0.1", "nan", "none"]),
         ("device", "str", ["auto", "cpu", "cuda", "cuda:1", "mps"], ["3", 3, "gpu", "cuda:", "cpu "]),
         ("precision", "str", ["float32", "bf16"], ["float16", "32"]),
-        ("baseline", "str", ["twin", "rise,twin", "twin,rise,black"], ["", "grey", "twin,", "twin;rise"]),
+        ("baseline", "str", ["twin", "rise,twin", "twin,rise,black", "zero"], ["", "grey", "twin,", "twin;rise"]),
         ("n_train", "int", [5, "800"], [4, 0]),
         ("n_images", "int", [0, 24], [-1]),
         ("steps", "int", [1], [0]),
@@ -185,31 +187,42 @@ def test_a_value_of_another_type_is_refused(capsys, types, value):
         ("rise_masks", "int", [0, 4000], [-1]),
         ("shortcut", "bool", ["true", False], [1, "yes"]),
         ("also", "str", ["", "resnet50"], ["resnet50,resnet18", "a b", 3]),
-        ("dataset", "str", ["synthetic"], ["nowhere", "cam_core.py"]),
-        ("weights", "str", ["auto", "imagenet", "data/checkpoints/net.pth"], ["nowhere.pth", "cam_core.py", "data"]),
+        ("dataset", "str", ["synthetic", "cifar10", "samples"], ["nowhere", "cam_core.py"]),
+        (
+            "weights",
+            "str",
+            ["auto", "imagenet", "IMAGENET1K_V2", "data/checkpoints/net.pth"],
+            ["nowhere.pth", "cam_core.py", "data"],
+        ),
+        ("arch", "str", ["auto", "resnet50", "cam_core.py:Net"], ["", "resnet-50", "nowhere.py:Net", "cam_core.py"]),
+        ("colormap", "str", ["inferno", "viridis", "jet"], ["rainbows", ""]),
+        ("strict", "bool", ["true", False], [1]),
+        ("epochs", "int", [1, 20], [0]),
     ],
 )
 def test_what_is_allowed(here, capsys, name, types, good, bad):
     for value in good:
-        pipeline.parse(name, types.split(" | "), value, "-p")
+        parameters.parse(name, types.split(" | "), value, "-p")
     for value in bad:
-        said = refusal(capsys, pipeline.parse, name, types.split(" | "), value, "-p")
-        assert f"{name} cannot be {value!r}" in said and pipeline.ALLOWED.get(name, ["true or false"])[0] in said
+        said = refusal(capsys, parameters.parse, name, types.split(" | "), value, "-p")
+        assert f"{name} cannot be {value!r}" in said and parameters.ALLOWED.get(name, ["true or false"])[0] in said
 
 
 def test_paths_are_seen_from_the_user_then_from_the_repository(here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert pipeline.parse("weights", ["str"], "data/checkpoints/net.pth", "") == str(here / "data/checkpoints/net.pth")
-    assert pipeline.parse("dataset", ["str"], "data", "") == str(here / "data")
+    assert parameters.parse("weights", ["str"], "data/checkpoints/net.pth", "") == str(
+        here / "data/checkpoints/net.pth"
+    )
+    assert parameters.parse("dataset", ["str"], "data", "") == str(here / "data")
     (tmp_path / "data").mkdir()
     (tmp_path / "synthetic").mkdir()
-    assert pipeline.parse("dataset", ["str"], "data", "") == str(tmp_path / "data")
-    assert pipeline.parse("dataset", ["str"], "synthetic", "") == "synthetic"
+    assert parameters.parse("dataset", ["str"], "data", "") == str(tmp_path / "data")
+    assert parameters.parse("dataset", ["str"], "synthetic", "") == "synthetic"
 
 
 def test_declared_reads_unions_that_papermill_drops(here):
-    assert pipeline.declared(here / "notebooks/01_data.ipynb")["scale"] == (["float", "None"], None)
-    assert pipeline.declared(here / "notebooks/04_choice.ipynb")["alpha"] == (["float", "str"], "auto")
+    assert parameters.declared(here / "notebooks/01_data.ipynb")["scale"] == (["float", "None"], None)
+    assert parameters.declared(here / "notebooks/04_choice.ipynb")["alpha"] == (["float", "str"], "auto")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +234,7 @@ def test_declared_reads_unions_that_papermill_drops(here):
 )  # fmt: skip
 def test_a_parameters_cell_of_another_form_is_an_error(tmp_path, capsys, source, said):
     make_notebook(tmp_path / "01_x.ipynb", source)
-    message = refusal(capsys, pipeline.declared, tmp_path / "01_x.ipynb")
+    message = refusal(capsys, parameters.declared, tmp_path / "01_x.ipynb")
     assert "01_x.ipynb" in message and said in message
 
 
@@ -233,7 +246,7 @@ def test_exactly_one_parameters_cell(tmp_path, capsys, tagged):
     for cell in book.cells[1:]:
         cell.metadata["tags"] = ["parameters"] if tagged else []
     nbformat.write(book, path)
-    assert f"{tagged} cells are tagged 'parameters'" in refusal(capsys, pipeline.declared, path)
+    assert f"{tagged} cells are tagged 'parameters'" in refusal(capsys, parameters.declared, path)
 
 
 @pytest.mark.parametrize(

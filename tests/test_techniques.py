@@ -1,0 +1,89 @@
+"""What notebook 02 defines for itself: classes by name, maps of what speaks against one, pictures that were moved."""
+
+import nets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from captum.attr import GradientShap, IntegratedGradients
+from nbcode import definitions
+from scipy.stats import rankdata, spearmanr
+
+import cam_core as cc
+
+NAMES = ["cat", "dog", "7", "owl"]
+
+
+@pytest.fixture(scope="module")
+def book():
+    given = {"np": np, "torch": torch, "rankdata": rankdata}
+    return definitions("02_gradcam", GradientShap=GradientShap, IntegratedGradients=IntegratedGradients, **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("", []), ("dog, Cat", [1, 0]), ("3", [3]), ("7", [2]), ("owl,owl", [3, 3]), ("0,dog", [0, 1])]
+)
+def test_classes_are_asked_for_by_name_or_number(book, text, found):
+    assert book["asked_for"](text, NAMES) == found
+
+
+@pytest.mark.parametrize("word", ["4", "doog", "-1"])
+def test_an_unknown_class_is_refused_with_what_there_is(book, word):
+    with pytest.raises(ValueError, match=rf"targets: '{word}' is neither .* number from 0 to 3.*dog"):
+        book["asked_for"](f"cat,{word}", NAMES)
+
+
+def test_negative_grad_cam_is_what_the_relu_cuts(book):
+    A, G = torch.rand(2, 5, 4, 3), torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+    summed = (G.mean((2, 3))[..., None, None] * A).sum(1)
+    assert torch.allclose(book["negative_grad_cam"](A, G), (-summed).relu(), atol=1e-6)
+    assert torch.allclose(cc.grad_cam(A, G) - book["negative_grad_cam"](A, G), summed, atol=1e-6)
+    assert (summed > 0).any() and (summed < 0).any()
+
+
+def test_rank_correlation_is_scipys(book):
+    a, b = np.random.default_rng(0).integers(0, 5, (2, 40))
+    assert book["spearman"](a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    assert book["spearman"](a, np.zeros(40)) == 0
+
+
+def pixels(x):
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (cc.MEAN, cc.STD))
+    return x * deviation + mean
+
+
+def test_fgsm_moves_every_pixel_a_little_and_lowers_the_logit(book):
+    model, x = nets.tiny(), cc.preprocess([cc.Image.new("RGB", (12, 12), c) for c in ("gray", "black", "white")], 12)
+    moved = book["fgsm"](model, x, [0, 1, 2], 4 / 255)
+    before, after = pixels(x), pixels(moved)
+    assert after.min() >= -1e-6 and after.max() <= 1 + 1e-6
+    assert (after - before).abs().max() <= 4 / 255 + 1e-6
+    grey = cc.input_gradient(model, x, [0, 1, 2])[0]
+    assert torch.allclose((after - before)[0][grey != 0], (-4 / 255 * grey.sign())[grey != 0], atol=1e-6)
+    with torch.no_grad():
+        assert model(moved)[0, 0] < model(x)[0, 0]
+
+
+def test_techniques_return_maps_of_the_images_size(book):
+    model, x = nets.tiny(), nets.images(1, (12, 12))
+    made = book["techniques"](model, "6", (12, 12), 4)
+    assert list(made) == [
+        "Grad-CAM", "vanilla gradient", "guided backpropagation", "guided Grad-CAM", "Integrated Gradients",
+        "GradientSHAP",
+    ]  # fmt: skip
+    maps = pd.Series({name: method(x, 1) for name, method in made.items()})
+    assert all(m.shape == (1, 12, 12) and (m >= 0).all() and m.any() for m in maps)
+    assert torch.equal(maps["GradientSHAP"], made["GradientSHAP"](x, 1)), "the random draws are seeded"
+    shot = cc.capture(model, x, "6", 1)
+    cam = cc.enlarge(cc.grad_cam(shot.activations["6"], shot.gradients["6"]), (12, 12))
+    guided = cc.input_gradient(model, x, 1, guided=True)
+    assert torch.allclose(maps["guided Grad-CAM"], (guided * cam[:, None]).abs().amax(1))
+
+
+def test_integrated_gradients_add_up_to_the_change_of_the_logit(book):
+    """Their completeness, which the notebook's text states: captum's attribution sums to y(x) - y(grey)."""
+    model, x = nets.tiny(), nets.images(1, (12, 12))
+    total = IntegratedGradients(model).attribute(x, target=1, n_steps=200).sum()
+    with torch.no_grad():
+        change = model(x)[0, 1] - model(torch.zeros_like(x))[0, 1]
+    assert float(total) == pytest.approx(float(change), abs=0.02 * abs(float(change)) + 1e-3)
