@@ -1,4 +1,4 @@
-"""What notebook 02 defines for itself: classes by name, maps of what speaks against one, pictures that were moved."""
+"""What notebooks 02 and 03 define for themselves: classes by name, pictures that were moved, CAM, scaling, ..."""
 
 import nets
 import numpy as np
@@ -87,3 +87,74 @@ def test_integrated_gradients_add_up_to_the_change_of_the_logit(book):
     with torch.no_grad():
         change = model(x)[0, 1] - model(torch.zeros_like(x))[0, 1]
     assert float(total) == pytest.approx(float(change), abs=0.02 * abs(float(change)) + 1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- notebook 03
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return definitions("03_layercam", np=np, torch=torch, pd=pd)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head", "deep"), [("resnet18", "fc", "layer4"), ("mobilenet_v2", "classifier.1", "features")]
+)
+def test_zhous_cam_is_grad_cam_where_only_an_average_and_one_linear_layer_follow(layers, arch, head, deep):
+    model = nets.network(arch, seed=2)
+    x, linear = nets.images(2, (64, 96)), model.get_submodule(head)
+    cams = [
+        layers["zhou_cam"](cc.capture(model, x, deep).activations[deep], linear, torch.tensor([k, k]))
+        for k in range(10)
+    ]
+    k = next(k for k, cam in enumerate(cams) if (cam.amax((1, 2)) > 0).all())  # a map that is zero equals anything
+    shot = cc.capture(model, x, deep, k)
+    A, G = shot.activations[deep], shot.gradients[deep]
+    assert cams[k].shape == A[:, 0].shape
+    assert layers["deviation"](A.shape[2] * A.shape[3] * cc.grad_cam(A, G), cams[k].relu()) < 1e-4
+    assert layers["deviation"](cams[k - 1], cams[k]) > 0.1
+
+
+def test_min_max_by_hand(layers):
+    maps = torch.tensor([[[1.0, 3.0], [2.0, 1.0]], [[5.0, 5.0], [5.0, 5.0]]])
+    assert layers["min_max"](maps).tolist() == [[[0, 1], [0.5, 0]], [[0, 0], [0, 0]]]
+
+
+def test_min_max_takes_a_place_out_of_a_product_and_the_maximum_does_not(layers):
+    a, b = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]]), torch.tensor([[[1.0, 0.1], [0.3, 0.5]]])
+    fused = layers["fused_both_ways"](a, b, (2, 2))
+    assert (fused["max"] > 0).all()
+    assert fused["min-max"][0, 0, 0] == 0 and fused["min-max"][0, 0, 1] == 0, (
+        "each factor's smallest value became a zero"
+    )
+    assert torch.allclose(fused["max"], cc.hybrid(a, b, 0.5))
+
+
+def test_without_a_floor_both_scalings_agree(layers):
+    a, b = torch.tensor([[[0.0, 1.0], [0.6, 0.4]]]), torch.tensor([[[1.0, 0.0], [0.3, 0.5]]])
+    fused = layers["fused_both_ways"](a, b, (8, 8))
+    assert torch.allclose(fused["max"], fused["min-max"], atol=1e-6) and fused["max"].any()
+
+
+def test_single_and_fused(layers):
+    coarse = {"fine": torch.rand(1, 8, 8), "deep": torch.rand(1, 2, 2)}
+    found = layers["single_and_fused"](coarse, (16, 16))
+    assert list(found) == ["fine", "deep", *(f"all, {rule}" for rule in cc.LAYER_FUSIONS)]
+    large = [cc.enlarge(coarse[name], (16, 16)) for name in ("fine", "deep")]
+    assert torch.equal(found["fine"], large[0]) and torch.equal(found["deep"], large[1])
+    assert torch.allclose(found["all, mean"], cc.normalise((large[0] + large[1]) / 2))
+    lifted = torch.maximum(torch.tanh(2 * large[0]), large[1])
+    assert torch.allclose(found["all, layercam"], cc.normalise(lifted))
+
+
+def test_areas_by_mode(layers):
+    model, x = nets.tiny(), nets.images(2, (16, 16))
+    coarse, ends = torch.rand(2, 4, 4), cc.baselines(x, "zero")
+    found = layers["areas_by_mode"](model, x, coarse, torch.tensor([0, 1]), ["a", "b"], ends, (16, 16), 0, 8, 7)
+    table = found.pivot(index=["metric", "method"], columns="image", values="value")
+    ties = table.loc["ties"]
+    assert (ties.loc["nearest"] == 1).all() and (ties.loc["bilinear"] < 0.5).all()
+    maps = {"m": cc.enlarge(coarse, (16, 16), "bicubic")}
+    expected = cc.faithfulness(model, x, maps, torch.tensor([0, 1]), ["a", "b"], *ends, 0, 7, 8)
+    for metric, curves in expected.items():
+        assert table.loc[(metric, "bicubic")].to_numpy() == pytest.approx(cc.auc(curves["m"]), abs=1e-6)
