@@ -225,7 +225,8 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
     if not file.is_file():
         shipped = sorted(p.stem for p in (HOME / "data" / "checkpoints").glob("*.pth"))
         raise FileNotFoundError(
-            f"weights: there is no file {file}. Checkpoints that ship: {', '.join(shipped) or 'none'}."
+            f"weights: there is no file {file}. Checkpoints that ship: {', '.join(shipped) or 'none'}. Notebook 01 "
+            "makes those in trained/ and synthetic/."
         )
     scalar = np.float64(0).__reduce__()[0]  # accuracies are often NumPy's numbers, which hold data only
     numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]

@@ -1,0 +1,245 @@
+"""What notebook 01 makes besides the synthetic set: photographs, CIFAR-10, and networks trained on one's own images."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from nbcode import definitions
+from PIL import Image
+
+import cam_core as cc
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def book():
+    return definitions("01_dataset_synthesis")
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_the_photographs_have_boxes_inside_and_licences_named(book, tmp_path, repo):
+    book["write_samples"](tmp_path / "samples")
+    frame = cc.read_dataset(tmp_path / "samples")
+    assert frame["id"].tolist() == ["chelsea", "coffee", "rocket"] and (frame["truth"] == "boxes").all()
+    for name, file, boxes, number in zip(frame["id"], frame["file"], frame["boxes"], frame["class"], strict=True):
+        (x0, y0, x1, y1), expected = book["SAMPLES"][name]
+        width, height = Image.open(file).size
+        assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+        assert json.loads(boxes) == [[x0, y0, x1, y1]] and number == expected
+    names = cc.imagenet_classes()
+    assert [names[number] for _, number in book["SAMPLES"].values()] == ["tabby", "espresso", "missile"]
+    readme = (repo / "data" / "README.md").read_text("utf-8")
+    assert all(author in readme for author in ("Stefan van der Walt, CC0", "Rachel Michetti, CC0", "public domain"))
+
+
+# ------------------------------------------------------------------------------------------------------------ CIFAR-10
+
+
+def batch(labels, seed=0):
+    """A file in the binary version's format, and its images (n, 32, 32, 3)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (len(labels), 32, 32, 3), np.uint8)
+    records = [bytes([label]) + p.transpose(2, 0, 1).tobytes() for label, p in zip(labels, pixels, strict=True)]
+    return b"".join(records), pixels
+
+
+def archive(folder, members):
+    with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return hashlib.md5((folder / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
+
+
+def test_records_are_read_pixel_by_pixel(book):
+    content, pixels = batch([3, 9, 0])
+    found, labels = book["cifar_records"](content, "here")
+    assert len(content) == 3 * 3073 and labels.tolist() == [3, 9, 0] and np.array_equal(found, pixels)
+
+
+def test_a_damaged_batch_is_refused_with_the_place(book):
+    content, _ = batch([1, 2])
+    for cut in (content[:-1], content + b"x", b""):
+        with pytest.raises(ValueError, match=f"here: {len(cut)} bytes are not whole records of 3,073"):
+            book["cifar_records"](cut, "here")
+    wrong = content[:3073] + bytes([11]) + content[3074:]
+    with pytest.raises(ValueError, match="here: record 1 has label 11; labels go from 0 to 9"):
+        book["cifar_records"](wrong, "here")
+
+
+def test_the_set_on_disk_is_that_of_the_batch(book, tmp_path):
+    content, pixels = batch([5, 5, 8, 0])
+    book["write_cifar"](tmp_path, content, "here", 3)
+    frame = cc.read_dataset(tmp_path)
+    assert frame["label"].tolist() == ["dog", "dog", "ship"] and frame["class"].tolist() == [5, 5, 8]
+    assert all(np.array_equal(cc.read_image(f), p) for f, p in zip(frame["file"], pixels, strict=False))
+    assert (frame["split"] == "test").all() and cc.class_indices(frame, book["CIFAR_NAMES"]) == [5, 5, 8]
+    book["write_cifar"](tmp_path, content, "here", 0)
+    assert len(cc.read_dataset(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("place", ["test_batch.bin", "cifar-10-batches-bin/test_batch.bin"])
+def test_a_plain_file_is_taken(book, tmp_path, place):
+    content, _ = batch([1])
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_bytes(content)
+    assert book["cifar_test_batch"](tmp_path, "https://nowhere.invalid/x.tar.gz", "0")[0] == content
+
+
+def test_an_archive_in_place_is_read_and_nothing_unpacked(book, tmp_path):
+    content, _ = batch([1, 7])
+    there = tmp_path / "cifar10"
+    there.mkdir()
+    members = {"../escaped.txt": b"out", "cifar-10-batches-bin/test_batch.bin": content}
+    md5 = archive(there, members)
+    found, source = book["cifar_test_batch"](there, "https://nowhere.invalid/cifar-10-binary.tar.gz", md5)
+    assert found == content and source.endswith("cifar-10-binary.tar.gz")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cifar-10-binary.tar.gz", "cifar10"]
+    (there / "cifar-10-binary.tar.gz").unlink()
+    md5 = archive(there, {"other.bin": content})
+    with pytest.raises(ValueError, match="holds no file cifar-10-batches-bin/test_batch.bin"):
+        book["cifar_test_batch"](there, "https://nowhere.invalid/cifar-10-binary.tar.gz", md5)
+
+
+def test_without_a_network_it_says_where_to_put_the_file(book, tmp_path):
+    with pytest.raises(
+        ConnectionError, match=rf"put it, or the test_batch.bin inside it, into {tmp_path}. Its MD5 must"
+    ):
+        book["cifar_test_batch"](tmp_path, "https://nowhere.invalid/cifar-10-binary.tar.gz", "0")
+
+
+def test_another_file_than_the_published_one_is_refused(book, tmp_path):
+    """A file that comes from the address with the wrong checksum (file:// stands for the web here)."""
+    (tmp_path / "web").mkdir()
+    archive(tmp_path / "web", {"cifar-10-batches-bin/test_batch.bin": batch([1])[0]})
+    with pytest.raises(ConnectionError, match="Its MD5 must be 0123"):
+        book["cifar_test_batch"](tmp_path / "here", (tmp_path / "web" / "cifar-10-binary.tar.gz").as_uri(), "0123")
+
+
+# ----------------------------------------------------------------------------------------------------------- own images
+
+COLOURS = {"Rudo": (200, 60, 60), "Baya": (60, 200, 60), "Greg": (60, 60, 200)}
+
+
+def own_folder(folder, count, splits=("train", "val", "test"), by_folder=False):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for label, colour in COLOURS.items():
+            for k in range(count):
+                name = f"{label}/{split or 'x'}{k}.png" if by_folder else f"{label}_{k:03d}.png"
+                file = folder / split / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.clip(np.array(colour) + rng.normal(0, 20, (40, 48, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(file)
+    return cc.read_dataset(folder)
+
+
+def test_a_folders_own_splits_are_kept_and_the_order_of_classes_is_the_given_one(book, tmp_path):
+    frame = own_folder(tmp_path, 4)
+    rows, names = book["own_images"](frame, ["Rudo", "Baya", "Greg"], 0)
+    assert names == ["Rudo", "Baya", "Greg"] and rows.groupby("split").size().to_dict() == dict(
+        train=12, val=12, test=12
+    )
+    assert (rows["label"] == [names[k] for k in rows["class"]]).all()
+    assert book["own_images"](frame, [], 0)[1] == ["Baya", "Greg", "Rudo"]
+    assert set(book["own_images"](frame, ["Greg", "Rudo"], 0)[0]["label"]) == {"Greg", "Rudo"}
+
+
+@pytest.mark.parametrize("count", [8, 20])
+def test_a_loose_folder_is_divided_and_what_05_measures_is_not_trained_on(book, tmp_path, count):
+    frame = own_folder(tmp_path, count, splits=("",), by_folder=True)
+    rows, names = book["own_images"](frame, [], 3)
+    assert set(rows["split"]) == {"train", "val", "test"} and len(rows) == 3 * count
+    for split in ("train", "val", "test"):
+        assert set(rows.loc[rows["split"] == split, "label"]) == set(names)
+    if count == 20:
+        assert set(rows.loc[rows["split"] == "test", "id"]) == set(cc.split_rows(frame, "test")["id"])
+    again = book["own_images"](frame.sample(frac=1, random_state=1).sort_values("id"), [], 3)[0]
+    assert rows.set_index("id")["split"].to_dict() == again.set_index("id")["split"].to_dict()
+
+
+def test_classes_that_are_not_there_are_refused_with_the_nearest(book, tmp_path):
+    frame = own_folder(tmp_path, 3)
+    with pytest.raises(ValueError, match="no image of the folder is labelled 'Gregg'. Nearest: Greg"):
+        book["own_images"](frame, ["Rudo", "Gregg"], 0)
+    with pytest.raises(ValueError, match="two or more are needed"):
+        book["own_images"](frame, ["Rudo"], 0)
+    lonely = frame[(frame["label"] != "Baya") | (frame["split"] == "test")]
+    with pytest.raises(ValueError, match="too few of Baya"):
+        book["own_images"](lonely, [], 0)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "squeezenet1_1", "mobilenet_v2", "densenet121", "vit_b_16"])
+def test_the_last_layer_is_replaced(book, arch):
+    model = cc.torchvision.models.get_model(arch, weights=None)
+    side = 224 if arch == "vit_b_16" else 64
+    with torch.no_grad():
+        assert book["replaced_head"](model, 4).eval()(torch.zeros(1, 3, side, side)).shape == (1, 4)
+
+
+def test_a_network_without_such_a_layer_is_refused(book):
+    with pytest.raises(ValueError, match="no last layer of 1000 outputs"):
+        book["replaced_head"](torch.nn.Sequential(torch.nn.Linear(3, 10)), 4)
+
+
+@pytest.fixture(scope="module")
+def trained(book, tmp_path_factory):
+    """A network of two layers trained on three colours: the folder of its files, the rows, the history, the states."""
+    base = tmp_path_factory.mktemp("trained")
+    rows, names = book["own_images"](own_folder(base / "images", 6), ["Rudo", "Baya", "Greg"], 0)
+
+    def train():
+        torch.manual_seed(0)
+        net = cc.torchvision.models.get_model("resnet18", weights=None, num_classes=3)
+        return net, book["learn"](net, rows, 32, 4, 9, 0, torch.device("cpu"))
+
+    net, (history, *states) = train()
+    about = {"class_names": names, "arch": "resnet18", "seed": 0, "start": "random", "key": "k"}
+    book["save_own"](base / "out" / "resnet18.pth", net, rows, 32, states, history, about, 9, torch.device("cpu"))
+    return base / "out", rows, history, states, train
+
+
+def test_it_learns_and_keeps_the_best_epoch_and_the_last(trained):
+    folder, _, history, ((best, best_state), (last, last_state)), _ = trained
+    ranked = max(range(4), key=lambda k: (history[k]["val_acc"], -history[k]["val_loss"]))
+    assert best == ranked + 1 and last == 4 and history[-1]["train_acc"] > 0.8
+    for name, epoch, state in (("resnet18.pth", best, best_state), ("resnet18_final.pth", last, last_state)):
+        content = torch.load(folder / name, weights_only=True)
+        keys = {"model_state_dict", "class_names", "train_acc", "val_acc", "test_acc", "epoch", "arch", "size"}
+        assert keys <= set(content) and content["epoch"] == epoch and content["class_names"] == ["Rudo", "Baya", "Greg"]
+        assert content["val_acc"] == history[epoch - 1]["val_acc"] and 0 <= content["test_acc"] <= 1
+        assert all(torch.equal(content["model_state_dict"][k], v) for k, v in state.items())
+    assert sorted(p.name for p in folder.iterdir()) == ["resnet18.pth", "resnet18_final.pth"]
+
+
+def test_the_same_training_twice_is_the_same(trained):
+    _, _, history, states, train = trained
+    _, (again, *more) = train()
+    assert again == history
+    assert all(torch.equal(a, b) for a, b in zip(states[1][1].values(), more[1][1].values(), strict=True))
+
+
+def test_its_file_alone_says_all_that_is_needed(trained, book):
+    folder, rows, *_ = trained
+    model, info = cc.load_model("auto", folder / "resnet18.pth")
+    assert info["arch"] == "resnet18" and info["class_names"] == ["Rudo", "Baya", "Greg"] and info["size"] == 32
+    test = rows[rows["split"] == "test"]
+    accuracy, loss = book["scores"](book["answers"](model, test, 32, 4), test)
+    assert accuracy == pytest.approx(info["test_acc"]) and loss > 0
+
+
+def test_the_key_of_a_training_depends_on_what_determines_it(book, tmp_path):
+    rows, names = book["own_images"](own_folder(tmp_path, 3), [], 0)
+    key = book["training_key"](rows, names, "resnet18", 4, 8, 0)
+    assert key == book["training_key"](rows.copy(), list(names), "resnet18", 4, 8, 0)
+    others = [(names[::-1], "resnet18", 4, 8, 0), (names, "vgg11", 4, 8, 0), (names, "resnet18", 5, 8, 0)]
+    assert key not in [book["training_key"](rows, *other) for other in others]
+    Image.new("RGB", (40, 48)).save(rows["file"][0])
+    assert key != book["training_key"](rows, names, "resnet18", 4, 8, 0)
