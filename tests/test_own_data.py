@@ -1,9 +1,12 @@
 """What notebook 01 makes besides the synthetic set: photographs, CIFAR-10, and networks trained on one's own images."""
 
+import functools
 import hashlib
+import http.server
 import io
 import json
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -115,12 +118,32 @@ def test_without_a_network_it_says_where_to_put_the_file(book, tmp_path):
         book["cifar_test_batch"](tmp_path, "https://nowhere.invalid/cifar-10-binary.tar.gz", "0")
 
 
-def test_another_file_than_the_published_one_is_refused(book, tmp_path):
-    """A file that comes from the address with the wrong checksum (file:// stands for the web here)."""
+@pytest.fixture
+def web(tmp_path):
+    """A web server on the loopback: (its folder, its address)."""
     (tmp_path / "web").mkdir()
-    archive(tmp_path / "web", {"cifar-10-batches-bin/test_batch.bin": batch([1])[0]})
+    handler = functools.partial(QuietHandler, directory=tmp_path / "web")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path / "web", f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
+    server.shutdown()
+    server.server_close()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_the_archive_is_fetched_once_and_its_checksum_compared(book, tmp_path, web):
+    content, _ = batch([4])
+    md5 = archive(web[0], {"cifar-10-batches-bin/test_batch.bin": content})
+    assert book["cifar_test_batch"](tmp_path / "here", web[1], md5)[0] == content
+    (web[0] / "cifar-10-binary.tar.gz").unlink()
+    assert book["cifar_test_batch"](tmp_path / "here", web[1], md5)[0] == content
+    archive(web[0], {"cifar-10-batches-bin/test_batch.bin": content})
     with pytest.raises(ConnectionError, match="Its MD5 must be 0123"):
-        book["cifar_test_batch"](tmp_path / "here", (tmp_path / "web" / "cifar-10-binary.tar.gz").as_uri(), "0123")
+        book["cifar_test_batch"](tmp_path / "elsewhere", web[1], "0123")
 
 
 # ----------------------------------------------------------------------------------------------------------- own images
