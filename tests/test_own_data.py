@@ -70,7 +70,7 @@ def test_records_are_read_pixel_by_pixel(book):
 def test_a_damaged_batch_is_refused_with_the_place(book):
     content, _ = batch([1, 2])
     for cut in (content[:-1], content + b"x", b""):
-        with pytest.raises(ValueError, match=f"here: {len(cut)} bytes are not whole records of 3,073"):
+        with pytest.raises(ValueError, match=f"here: {len(cut)} bytes.* record {len(cut) // 3073} is cut off"):
             book["cifar_records"](cut, "here")
     wrong = content[:3073] + bytes([11]) + content[3074:]
     with pytest.raises(ValueError, match="here: record 1 has label 11; labels go from 0 to 9"):
@@ -142,8 +142,21 @@ def test_the_archive_is_fetched_once_and_its_checksum_compared(book, tmp_path, w
     (web[0] / "cifar-10-binary.tar.gz").unlink()
     assert book["cifar_test_batch"](tmp_path / "here", web[1], md5)[0] == content
     archive(web[0], {"cifar-10-batches-bin/test_batch.bin": content})
-    with pytest.raises(ConnectionError, match="Its MD5 must be 0123"):
+    with pytest.raises(ConnectionError, match=f"what came has the MD5 {md5}.* Its MD5 must be 0123"):
         book["cifar_test_batch"](tmp_path / "elsewhere", web[1], "0123")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_wrong_archive_in_place_is_refused_and_left(book, tmp_path):
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match="cifar-10-binary.tar.gz has the MD5 .* instead of 0123: cut off, or another"):
+        book["cifar_test_batch"](tmp_path, "https://nowhere.invalid/cifar-10-binary.tar.gz", "0123")
+    assert (tmp_path / "cifar-10-binary.tar.gz").read_bytes() == b"half of it"
+
+
+def test_checksum_and_address_are_the_published_ones(book):
+    assert book["CIFAR_MD5"] == "c32a1d4ab5d03f1284b67883e8d87530"
+    assert book["CIFAR_URL"] == "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 
 # ----------------------------------------------------------------------------------------------------------- own images
@@ -172,7 +185,7 @@ def test_a_folders_own_splits_are_kept_and_the_order_of_classes_is_the_given_one
     )
     assert (rows["label"] == [names[k] for k in rows["class"]]).all()
     assert book["own_images"](frame, [], 0)[1] == ["Baya", "Greg", "Rudo"]
-    assert set(book["own_images"](frame, ["Greg", "Rudo"], 0)[0]["label"]) == {"Greg", "Rudo"}
+    assert book["own_images"](frame, ["Greg", "Baya", "Rudo"], 0)[1] == ["Greg", "Baya", "Rudo"]
 
 
 @pytest.mark.parametrize("count", [8, 20])
@@ -192,11 +205,26 @@ def test_classes_that_are_not_there_are_refused_with_the_nearest(book, tmp_path)
     frame = own_folder(tmp_path, 3)
     with pytest.raises(ValueError, match="no image of the folder is labelled 'Gregg'. Nearest: Greg"):
         book["own_images"](frame, ["Rudo", "Gregg"], 0)
-    with pytest.raises(ValueError, match="two or more are needed"):
-        book["own_images"](frame, ["Rudo"], 0)
+    with pytest.raises(ValueError, match="9 images are labelled 'Baya', which is not among them"):
+        book["own_images"](frame, ["Rudo", "Greg"], 0)
+    with pytest.raises(ValueError, match="'Greg' is named 2 times"):
+        book["own_images"](frame, ["Greg", "Greg", "Rudo", "Baya"], 0)
+    for labels in ("", "Greg"):
+        with pytest.raises(
+            ValueError, match=f"tell {len(labels) // 4} labels, two or more are needed. Name the images"
+        ):
+            book["own_images"](frame.assign(label=labels), ["Greg"], 0)
     lonely = frame[(frame["label"] != "Baya") | (frame["split"] == "test")]
     with pytest.raises(ValueError, match="too few of Baya"):
         book["own_images"](lonely, [], 0)
+
+
+def test_images_without_a_label_or_beside_the_splits_are_left_out(book, tmp_path):
+    frame = own_folder(tmp_path, 3)
+    frame.loc[frame["id"] == "train/Greg_000", "label"] = ""
+    frame.loc[frame["id"] == "test/Greg_001", "split"] = "all"
+    rows, _ = book["own_images"](frame, [], 0)
+    assert set(frame["id"]) - set(rows["id"]) == {"train/Greg_000", "test/Greg_001"} and len(rows) == 25
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "squeezenet1_1", "mobilenet_v2", "densenet121", "vit_b_16"])
@@ -266,3 +294,61 @@ def test_the_key_of_a_training_depends_on_what_determines_it(book, tmp_path):
     assert key not in [book["training_key"](rows, *other) for other in others]
     Image.new("RGB", (40, 48)).save(rows["file"][0])
     assert key != book["training_key"](rows, names, "resnet18", 4, 8, 0)
+
+
+@pytest.mark.parametrize("per_pass", [1, 17])
+def test_no_batch_of_one_is_skipped_or_met(book, tmp_path, per_pass):
+    rows, _ = book["own_images"](own_folder(tmp_path, 6), [], 0)
+    net, seen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3)), []
+    net.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])) if module.training else None)
+    before = net[1].weight.clone()
+    book["learn"](net, rows, 32, 1, per_pass, 0, torch.device("cpu"))
+    assert seen == ([2] * 9 if per_pass == 1 else [18]) and not torch.equal(before, net[1].weight)
+
+
+def small_start(arch, count, seed):
+    torch.manual_seed(seed)
+    return cc.torchvision.models.get_model(arch, weights=None, num_classes=count), "random", 32
+
+
+def test_a_finished_training_is_reused_until_something_changes(book, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(book, "starting_point", small_start)
+    rows, names = book["own_images"](own_folder(tmp_path / "images", 3), [], 0)
+    file, cpu = tmp_path / "out" / "resnet18.pth", torch.device("cpu")
+    _, first = book["own_network"](file, rows, names, "resnet18", 1, 8, 0, cpu)
+    written, final = file.stat().st_mtime_ns, file.with_name("resnet18_final.pth").read_bytes()
+    assert "reused" not in capsys.readouterr().out and first["class_names"] == names
+    _, again = book["own_network"](file, rows, names, "resnet18", 1, 8, 0, cpu)
+    assert "reused" in capsys.readouterr().out and file.stat().st_mtime_ns == written
+    assert again["sha256"] == first["sha256"]
+    _, other = book["own_network"](file, rows, names, "resnet18", 1, 8, 1, cpu)
+    assert "reused" not in capsys.readouterr().out and other["sha256"] != first["sha256"] and other["seed"] == 1
+    assert file.with_name("resnet18_final.pth").read_bytes() != final
+
+
+def test_without_imagenet_weights_it_starts_from_random_ones_and_says_so(book, capsys, monkeypatch):
+    def offline(*args):
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(cc, "load_model", offline)
+    model, start, side = book["starting_point"]("squeezenet1_1", 3, 0)
+    assert (start, side) == ("random", 224) and all(p.requires_grad for p in model.parameters())
+    assert "no network here\n-> squeezenet1_1 is trained from random weights" in capsys.readouterr().out
+    twin = book["starting_point"]("squeezenet1_1", 3, 0)[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_with_imagenet_weights_all_but_the_last_layer_is_kept(book, monkeypatch):
+    ready = cc.torchvision.models.get_model("resnet18", weights=None).requires_grad_(False)
+    kept = ready.layer4[1].conv2.weight.clone()
+    monkeypatch.setattr(cc, "load_model", lambda *args: (ready, {"weights": "IMAGENET1K_V1", "size": 224}))
+    model, start, side = book["starting_point"]("resnet18", 4, 0)
+    assert (start, side) == ("IMAGENET1K_V1", 224) and model.fc.out_features == 4
+    assert torch.equal(model.layer4[1].conv2.weight, kept) and all(p.requires_grad for p in model.parameters())
+
+
+def test_sizes_are_read_from_headers(book, tmp_path):
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert book["size_of"](tmp_path / "a.png") == (7, 5)
+    assert all(np.isnan(side) for side in book["size_of"](tmp_path / "b.png"))
