@@ -1080,10 +1080,10 @@ def perturbation_curves(
     Deletion: start = image, end = baseline. Insertion: start = baseline, end = image (Petsiuk et al., BMVC 2018,
     Algorithm 1).
 
-    Every distinct picture is evaluated once: orders that agree, the two ends, and points between which only pixels were
-    replaced that are the same in start and end (with a twin as baseline, most of the image). Pictures are made on the
-    device, batch_size at a time. progress(n) is called when n more points are known. Raises ValueError for steps
-    outside 1 to G.
+    Every distinct picture is evaluated once: orders that agree, the ends, also where they are another image's ends, and
+    points between which only pixels were replaced that are the same in start and end (with a twin as baseline, most of
+    the image). Pictures are made on the device, batch_size at a time. progress(n) is called when n more points are
+    known. Raises ValueError for steps outside 1 to G.
     """
     n, m = ranks.shape[:2]
     places = int(ranks.max()) + 1
@@ -1099,20 +1099,28 @@ def perturbation_curves(
     first: dict[tuple[int, bytes], int] = {}
     same = [[first.setdefault((i, hashlib.sha256(r.tobytes()).digest()), k) for k, r in enumerate(row)]
             for i, row in enumerate(replaced_at.cpu().numpy())]  # fmt: skip
-    order = np.where((changed == 0) | (changed == changed[..., -1:]), -1, np.array(same)[..., None])
-    pictures = np.stack(np.broadcast_arrays(np.arange(n)[:, None, None], order, changed), -1).reshape(-1, 3)
+    still: dict[tuple[int, bytes], int] = {}  # the ends, numbered by what they show and which class is asked for
+    first_end, last_end = (
+        np.array([still.setdefault((int(c), hashlib.sha256(e.numpy().tobytes()).digest()), -1 - len(still))
+                  for c, e in zip(target.cpu(), ends.cpu(), strict=True)])[:, None, None]
+        for ends in (start, end)
+    )  # fmt: skip
+    untouched, done = changed == 0, changed == changed[..., -1:]
+    image = np.where(untouched, first_end, np.where(done, last_end, np.arange(n)[:, None, None]))
+    order, count = (np.where(untouched | done, -1, v) for v in (np.array(same)[..., None], changed))
+    pictures = np.stack(np.broadcast_arrays(image, order, count), -1).reshape(-1, 3)
     _, jobs, inverse = np.unique(pictures, axis=0, return_index=True, return_inverse=True)
     if progress:
         progress(len(pictures) - len(jobs))
-    values = torch.empty(len(jobs), device=device)
-    for part in torch.arange(len(jobs)).split(batch_size):
-        i, k, s = (torch.from_numpy(v).to(device) for v in np.unravel_index(jobs[part.numpy()], (n, m, steps + 1)))
+    values = []
+    jobs = torch.from_numpy(np.stack(np.unravel_index(jobs, (n, m, steps + 1)))).to(device)  # all at once: no waiting
+    for i, k, s in (part.unbind() for part in jobs.split(batch_size, dim=1)):
         mixed = torch.where((replaced_at[i, k] <= s.view(-1, 1, 1))[:, None], end[i], start[i])
         p = probabilities(model, mixed, batch_size, precision)
-        values[part.to(device)] = p.gather(1, target[i][:, None])[:, 0]
+        values.append(p.gather(1, target[i][:, None])[:, 0])
         if progress:
-            progress(len(part))
-    return values.cpu()[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
+            progress(len(i))
+    return torch.cat(values).cpu()[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
 
 
 def auc(curves: Tensor | np.ndarray) -> np.ndarray:
@@ -1173,12 +1181,12 @@ def faithfulness(
     The score is the softmax probability of target: (B,). block: pixel by pixel (0), or in blocks of block x block.
     """
     rank = [block_rank(m, ids, seed, block) if block else pixel_rank(m, ids, seed) for m in maps.values()]
-    ranks, settings = torch.stack(rank, 1), (steps, batch_size, precision, progress)
-    found = {
-        "insertion": perturbation_curves(model, start, x, ranks, target, *settings),
-        "deletion": perturbation_curves(model, x, end, ranks, target, *settings),
-    }
-    return {metric: dict(zip(maps, curves.unbind(1), strict=True)) for metric, curves in found.items()}
+    begins, ends, ranks = torch.cat([start, x]), torch.cat([x, end]), torch.stack(rank, 1).repeat(2, 1, 1, 1)
+    curves = perturbation_curves(
+        model, begins, ends, ranks, target.repeat(2), steps, batch_size, precision, progress
+    )  # both in one call, so that what they share, the image itself, is evaluated once
+    halves = zip(("insertion", "deletion"), curves.split(len(x)), strict=True)
+    return {metric: dict(zip(maps, half.unbind(1), strict=True)) for metric, half in halves}
 
 
 def confidence_change(

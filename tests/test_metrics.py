@@ -133,8 +133,9 @@ def test_a_twin_costs_only_the_pictures_that_differ(net, x, block):
     cc.faithfulness(counting, x, named, target, IDS, twin, twin, seed=3, steps=steps, block=block, batch_size=8)
     expected = 0
     for b in range(3):
+        expected += 2  # the image and its twin: ends of both curves
         for first, last in ((twin, x), (x, twin)):
-            pictures = {"start", "end"}  # and every other picture that the two orders make of one image
+            pictures = set()  # every other picture that the two orders make of one image
             for name in ("m", "draw"):
                 rank = cc.block_rank(named[name], IDS, 3, block) if block else cc.pixel_rank(named[name], IDS, 3)
                 for stop in oracle.group_ends(int(rank.max()) + 1, steps):
@@ -149,7 +150,7 @@ def test_a_twin_costs_only_the_pictures_that_differ(net, x, block):
 def test_where_start_and_end_agree_everywhere_one_picture_is_enough(net, x):
     counting, named = Counting(net), {"m": maps(), "other": maps(1)}
     found = cc.faithfulness(counting, x, named, torch.tensor([0, 1, 2]), IDS, x.clone(), x.clone(), steps=9)
-    assert counting.seen == 2 * 3
+    assert counting.seen == 3
     p = cc.probabilities(net, x).gather(1, torch.tensor([[0], [1], [2]]))
     for curves in found.values():
         for c in curves.values():
@@ -276,8 +277,8 @@ def test_equal_orders_are_evaluated_once_and_exactly(net, x):
     named = {"a": m, "scaled": m * 0.25, "other": other}
     arguments = (x, named, torch.tensor([0, 1, 2]), IDS, torch.zeros_like(x), torch.zeros_like(x))
     found = cc.faithfulness(counting, *arguments, steps=6)
-    # two metrics; for each of three images start and end, five points between for three orders and two more
-    assert counting.seen == 2 * (3 * 2 + 5 * (3 + 2))
+    # for each of three images itself and its grey; for two metrics five points between, of three orders and two more
+    assert counting.seen == 3 * 2 + 2 * 5 * (3 + 2)
     for metric in ("insertion", "deletion"):
         assert torch.equal(found[metric]["a"], found[metric]["scaled"])
         assert torch.equal(found[metric]["other"][0], found[metric]["a"][0])
