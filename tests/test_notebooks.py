@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from nbrun import papermill, pixels
 from PIL import Image
+from test_own_data import own_folder
 
 import cam_core as cc
 
@@ -75,14 +77,29 @@ def test_a_device_that_is_not_there_stops_with_its_name(repo, smoke, tmp_path):
     assert done.returncode != 0 and "device='cuda' is not available" in done.stderr
 
 
+MORE = {"02": {"targets": "cluster,0", "also": "squeezenet1_1", "colormap": "viridis"}, "03": {"colormap": "viridis"}}
+
+
 @pytest.mark.parametrize("number", ["02", "03"])
 def test_runs_from_the_notebooks_folder(repo, smoke, tmp_path, number):
     """As JupyterLab starts it: the working directory is notebooks/, and nobody gives `root`."""
     notebook = next((repo / "notebooks").glob(f"{number}_*.ipynb"))
-    parameters = {"data_dir": smoke[1], "results_dir": tmp_path, "n_images": 4, "threads": 1}
+    parameters = {"data_dir": smoke[1], "results_dir": tmp_path, "n_images": 4, "threads": 1, **MORE[number]}
     done = papermill(notebook, tmp_path / "copy.ipynb", parameters, notebook.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list((tmp_path / "figures").glob(f"{number}_*.png"))
+    heat = Image.open(next((tmp_path / "images").glob(f"{number}_*_heatmap.png")))
+    table = (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(int)
+    assert {colour for _, colour in heat.getcolors(maxcolors=60_000)} <= set(map(tuple, table.tolist()))
+    assert (tmp_path / "figures" / "02_two_networks.png").exists() == (number == "02")
+
+
+def test_an_unknown_target_stops_02_with_the_classes_there_are(repo, smoke, tmp_path):
+    notebook = next((repo / "notebooks").glob("02_*.ipynb"))
+    parameters = {"root": repo, "data_dir": smoke[1], "results_dir": tmp_path, "n_images": 1, "targets": "wring"}
+    done = papermill(notebook, tmp_path / "copy.ipynb", parameters, repo)
+    assert done.returncode != 0 and "targets: 'wring' is neither a class of this network" in done.stderr
+    assert "Nearest: ring" in done.stderr
 
 
 def test_outside_the_repository_without_root_says_so(repo, tmp_path):
@@ -157,3 +174,20 @@ def test_photographs_with_boxes(repo, tmp_path):
     assert set(metrics[metrics.metric == "energy"].image) == {"photo1", "photo2"}
     for kind in ("original", "grayscale", "heatmap", "overlay", "edges"):
         assert Image.open(tmp_path / "images" / f"05_photo1_{kind}.png").size == (150, 260), kind
+
+
+def test_01_trains_on_ones_own_images(repo, tmp_path):
+    """What `-p dataset PATH -p classes ...` does in 01; the other notebooks find the file it leaves."""
+    images = tmp_path / "pets"
+    own_folder(images, 3)
+    given = {"root": repo, "dataset": images, "classes": "Rudo,Greg,Baya", "epochs": 1, "batch_size": 9, "threads": 1}
+    given |= {"results_dir": tmp_path / "out", "data_dir": tmp_path / "data"}
+    done = papermill(next((repo / "notebooks").glob("01_*.ipynb")), tmp_path / "01.ipynb", given, repo)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = ["Rudo", "Greg", "Baya"]
+    file = cc.resolve_weights("auto", "auto", str(images), tmp_path / "data", classes=names)
+    assert cc.load_model("auto", file)[1]["class_names"] == names
+    figures = {p.stem for p in (tmp_path / "out" / "figures").glob("01_own_*.png")}
+    assert {"01_own_curves", "01_own_confusion"} <= figures
+    told = pd.read_csv(tmp_path / "out" / "tables" / "01_own_predictions.csv")
+    assert len(told) == 9 and ((told.predicted == told.label.map(names.index)).all() or "01_own_mistakes" in figures)
