@@ -138,7 +138,10 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 def test_the_archive_is_fetched_once_and_its_checksum_compared(book, tmp_path, web):
     content, _ = batch([4])
     md5 = archive(web[0], {"cifar-10-batches-bin/test_batch.bin": content})
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "cifar-10-binary.tar.gz.part").write_bytes(b"of a run that was stopped")
     assert book["cifar_test_batch"](tmp_path / "here", web[1], md5)[0] == content
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["cifar-10-binary.tar.gz"]
     (web[0] / "cifar-10-binary.tar.gz").unlink()
     assert book["cifar_test_batch"](tmp_path / "here", web[1], md5)[0] == content
     archive(web[0], {"cifar-10-batches-bin/test_batch.bin": content})
@@ -304,6 +307,29 @@ def test_no_batch_of_one_is_skipped_or_met(book, tmp_path, per_pass):
     before = net[1].weight.clone()
     book["learn"](net, rows, 32, 1, per_pass, 0, torch.device("cpu"))
     assert seen == ([2] * 9 if per_pass == 1 else [18]) and not torch.equal(before, net[1].weight)
+
+
+def test_best_is_the_smaller_loss_on_a_tie_then_the_earlier_epoch_and_each_file_holds_its_own(
+    book, tmp_path, monkeypatch
+):
+    rows, names = book["own_images"](own_folder(tmp_path / "images", 3), [], 0)
+    torch.manual_seed(0)
+    net, cpu = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3)), torch.device("cpu")
+    told = iter([(0.5, 1.0), (0.9, 0.5), (0.9, 0.4), (0.9, 0.4), (0.2, 0.1)])
+    with monkeypatch.context() as patch:
+        patch.setitem(book, "scores", lambda p, rows: next(told))
+        history, *states = book["learn"](net, rows, 32, 5, 4, 0, cpu)
+    assert [epoch for epoch, _ in states] == [3, 5] and len(history) == 5
+    monkeypatch.setitem(book, "scores", lambda p, rows: (p[:, 0].sum().item(), 0.0))
+    book["save_own"](tmp_path / "net.pth", net, rows, 32, states, history, {"class_names": names}, 4, cpu)
+    best, last = (torch.load(tmp_path / f"net{end}.pth", weights_only=True) for end in ("", "_final"))
+    assert (best["epoch"], best["val_acc"]) == (3, 0.9) and (last["epoch"], last["val_acc"]) == (5, 0.2)
+    for content, (_, state) in zip((best, last), states, strict=True):
+        net.load_state_dict(state)
+        assert content["test_acc"] == book["answers"](net, rows[rows["split"] == "test"], 32, 4)[:, 0].sum().item()
+    assert torch.equal(best["model_state_dict"]["1.weight"], states[0][1]["1.weight"])
+    assert torch.equal(last["model_state_dict"]["1.weight"], states[1][1]["1.weight"])
+    assert not torch.equal(best["model_state_dict"]["1.weight"], last["model_state_dict"]["1.weight"])
 
 
 def small_start(arch, count, seed):
