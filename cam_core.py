@@ -209,14 +209,14 @@ def _as_wide(size: Sequence[int], x: Tensor) -> bool:
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode; afterwards each in its own."""
-    modes = [(m, m.training) for m in model.modules()]
+    training = [m for m in model.modules() if m.training]
     try:
-        for m, _ in modes:
+        for m in training:
             m.training = False  # not .eval(), which a model may override
         yield
     finally:
-        for m, training in modes:
-            m.training = training
+        for m in training:
+            m.training = True
 
 
 @contextmanager
@@ -964,7 +964,7 @@ def _generator(seed: int, image_id: str, stream: int) -> np.random.Generator:
 
 
 @torch.inference_mode()
-def probabilities(model: nn.Module, x: Tensor, batch_size: int = 32, precision: str = "float32") -> Tensor:
+def probabilities(model: nn.Module, x: Tensor, batch_size: int = 8, precision: str = "float32") -> Tensor:
     """softmax(model(x)) in batches and in eval mode: (B, K) float32. precision: "float32" or "bf16" (autocast)."""
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision={precision!r} must be 'float32' or 'bf16'.")
@@ -982,7 +982,7 @@ def measurable(
     frame,
     n: int = 0,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 8,
     precision: str = "float32",
     strict: bool = False,
     size: int = 224,
@@ -1068,7 +1068,7 @@ def perturbation_curves(
     ranks: Tensor,
     target: Tensor,
     steps: int = 28,
-    batch_size: int = 32,
+    batch_size: int = 8,
     precision: str = "float32",
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -1170,7 +1170,7 @@ def faithfulness(
     end: Tensor,
     seed: int = 0,
     steps: int = 28,
-    batch_size: int = 32,
+    batch_size: int = 8,
     precision: str = "float32",
     progress: Callable[[int], object] | None = None,
     block: int = 0,
@@ -1195,7 +1195,7 @@ def confidence_change(
     maps: Tensor,
     target: int | Sequence[int] | Tensor,
     clean: Tensor | np.ndarray,
-    batch_size: int = 32,
+    batch_size: int = 8,
     precision: str = "float32",
 ) -> dict[str, np.ndarray]:
     """What becomes of the target's probability when only what a map shows is left of the image: each (B,), in [0, 1].
@@ -1241,7 +1241,7 @@ def rise(
     cells: int = 7,
     keep: float = 0.5,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 8,
     precision: str = "float32",
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from timing import cc
 from torchcam.metrics import DeletionInsertionMetric
 
-IMAGES, BATCH = 8, 32
+IMAGES, BATCH = 8, 8
 SOFTMAX = functools.partial(torch.softmax, dim=-1)
 
 
