@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
+import cam_core as cc
 import check
 
 METHODS = ("grad_cam", "layer_cam", "hybrid")
@@ -110,11 +112,16 @@ def test_a_change_below_the_tolerance_passes(two):
     assert len(lines(two)) == 1
 
 
-def test_intervals_are_held_as_tightly_on_few_images(two, tmp_path):
-    few = make(tmp_path / "few", "a", n=4), make(tmp_path / "few_too", "b", n=4)
+@pytest.mark.parametrize("column", ["low", "high", "p", "effect", "won"])
+def test_the_statistics_of_few_images_jump_so_only_their_presence_is_compared(two, tmp_path, column):
+    few = make(tmp_path / "few", "a", n=9), make(tmp_path / "few_too", "b", n=9)
     for pair in (two, few):
-        edit(pair[1] / "summary.csv", "high", 0.22, **ONE)
-        assert len(lines(pair)) == 1
+        edit(pair[1] / "summary.csv", column, 0.77, **ONE | {"method": "grad_cam"})
+        assert len(lines(pair)) == (pair is two)
+        edit(pair[1] / "summary.csv", column, "", **ONE | {"method": "grad_cam"})
+        assert len(lines(pair)) == 1, "a value that is there in one and not in the other"
+    edit(few[1] / "summary.csv", "mean", 0.521, **ONE)
+    assert len(lines(few)) == 2, "means are held all the same"
 
 
 def test_a_missing_row_and_a_new_one(two):
@@ -224,6 +231,21 @@ def test_alone_it_ends_with_the_exit_code_it_promises(two, repo, change, code):
     assert done.returncode == code and "Traceback" not in done.stderr
     assert ("mean is 0.52 here, 0.6 there" in done.stderr) == (code == 1)
     assert (done.stdout != "") == (code == 0)
+
+
+def test_the_reference_runs_statistics_follow_from_its_values(repo):
+    """The intervals and p-values that README shows, computed again from the values of each image, shipped with them."""
+    folder = repo / "results/reference/full"
+    values = pd.read_csv(folder / "metrics.csv.gz", keep_default_na=False)
+    values = values[(values.network == "resnet18") & values.method.isin(["grad_cam", "hybrid"])]
+    summary = pd.read_csv(folder / "summary.csv", keep_default_na=False).query("network == 'resnet18' and primary")
+    for there in summary.to_dict("records"):
+        own = values[(values.metric == there["metric"]) & (values.baseline == there["baseline"])]
+        here = cc.compare(own, "grad_cam").set_index("method").loc["hybrid"]
+        assert here.n == there["n"] == 160
+        for column in ("mean", "reference_mean", "difference", "low", "high", "p", "effect", "won"):
+            limit = check.tolerance(column, there)
+            assert abs(here[column] - float(there[column])) <= limit < 1, (there["metric"], column)
 
 
 def test_the_shipped_references_are_complete_and_agree_with_themselves(repo):
