@@ -225,7 +225,7 @@ def _borrowed(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]
     happened.
     """
     modules = dict(model.named_modules())
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for m in modules.values() for p in m._parameters.values() if p is not None and p.requires_grad]
     handles = []
     try:
         for p in trainable:
@@ -299,7 +299,7 @@ def _check_input(model: nn.Module, x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or not len(x):
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a float tensor (B, C, H, W) with B > 0; got {got}. See `preprocess`.")
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     if tensors and tensors[0].device != x.device:
         raise ValueError(
             f"x is on {x.device} and the model on {tensors[0].device}: move one of them with `.to(device)`."
