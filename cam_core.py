@@ -977,6 +977,11 @@ def probabilities(model: nn.Module, x: Tensor, batch_size: int = 8, precision: s
     return torch.cat(rows)
 
 
+def native_bf16() -> bool:
+    """Whether the CPU multiplies in bfloat16; without that, `precision="bf16"` gains nothing on it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def measurable(
     model: nn.Module,
     frame,
@@ -1594,11 +1599,7 @@ def start_run(repo: str | Path, results_dir: str | Path, seed: int = 0, threads:
     torch.manual_seed(seed)
     if threads:
         torch.set_num_threads(threads)
-    plt.rcParams.update({
-        "figure.dpi": 100, "savefig.dpi": 150, "savefig.bbox": "tight", "figure.constrained_layout.use": True,
-        "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "image.interpolation": "nearest", "axes.grid": False,
-    })  # fmt: skip
+    plt.style.use(HOME / "cam_core.mplstyle")
     return out
 
 

@@ -31,26 +31,21 @@ def machine(device):
         pass  # not Linux: the name alone
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}; {name}"
-    bf16 = "with" if native_bf16() else "without"
+    bf16 = "with" if cc.native_bf16() else "without"
     return (
         f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {bf16} bfloat16 "
         f"instructions, {memory:.0f} GiB; Python {platform.python_version()}, torch {torch.__version__}"
     )
 
 
-def native_bf16():
-    """Whether the CPU multiplies in bfloat16; without that, autocast to it gains nothing."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def repeat(contenders, repetitions, device, seed=0):
+def repeat(contenders, repetitions, device, seed=0, warm=False):
     """Seconds of each contender, {name: function}, in each repetition: a table (repetition, name, seconds).
 
-    Each runs once before, unmeasured. Then in every repetition all of them run, in an order drawn anew, so what slows
+    Each runs once before, unmeasured, unless it is warm already. Then in every repetition all of them run, in an order drawn anew, so what slows
     the machine down for a while meets all alike.
     """
     draw, rows = np.random.default_rng(seed), []
-    for repetition in range(-1, repetitions):
+    for repetition in range(0 if warm else -1, repetitions):
         for name in draw.permutation(list(contenders)):
             settle(device)
             begin = time.perf_counter()
@@ -147,6 +142,7 @@ def start(argparser):
         torch.set_num_threads(args.threads)
     device = cc.pick_device(args.device)
     plt.switch_backend("agg")  # figures go to files; there is no window
+    plt.style.use(["default", cc.HOME / "cam_core.mplstyle"])
     args.out.mkdir(parents=True, exist_ok=True)
     print(machine(device), flush=True)
     return args, device
