@@ -25,19 +25,23 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import re
 import sys
 import textwrap
+import time
+import traceback
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -114,8 +118,8 @@ def capture(
     out.
 
     Raises ValueError for an unknown layer (names the nearest and all there are), one that runs twice or never, one
-    without a spatial output with h*w > 1, one that the target logit does not depend on, a target out of range, and
-    logits that are not finite.
+    without a spatial output with h*w > 1, one that the target logit does not depend on, a target out of range, an x
+    that does not fit the model, and NaN or infinity in the logits, activations or gradients.
     """
     model = _unwrap(model)
     names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list | tuple) else [layers]
@@ -132,6 +136,8 @@ def capture(
         if name not in modules or not name:
             there = {n: " × ".join(map(str, shape)) for n, shape in layer_shapes(model, x).items()}
             raise ValueError(f"layer={name!r} is not in this {type(model).__name__}. {nearest(name, there)}")
+        if isinstance(modules[name], torch.jit.ScriptModule):
+            raise ValueError(f"layer={name!r} is a scripted module, which takes no hooks. Give the unscripted model.")
 
     outputs: dict[str, Tensor] = {}
 
@@ -142,9 +148,10 @@ def capture(
                     f"layer={name!r} runs more than once in a pass, so its map is ambiguous. Choose one that runs once."
                 )
             if _maps(output, x) is None:
-                seen = f"{tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+                seen = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(
-                    f"layer={name!r} has no spatial output: got {seen}, need (B, C, h, w), h*w > 1. Try an earlier one."
+                    f"layer={name!r} has no spatial output: got {seen}, need floats (B, C, h, w), h*w > 1. Try an "
+                    "earlier one."
                 )
             outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
             return outputs[name].clone()
@@ -152,7 +159,7 @@ def capture(
         return hook
 
     with _borrowed(model, {name: keep(name) for name in names}):
-        logits = _logits(model(x.detach().clone()))  # a copy, as a first layer may work in place
+        logits = _logits(_forward(model, x.detach().clone()), x)  # a copy, as a first layer may work in place
         for name in names:
             if name not in outputs:
                 raise ValueError(
@@ -163,7 +170,9 @@ def capture(
         if not score.requires_grad:
             raise ValueError(f"The logits do not depend on layer={names}. Choose a layer on the way to the logits.")
         gradients = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
-    _check_finite(logits)
+    parts = {f"activations of layer={n!r}": a for n, a in outputs.items()}
+    parts |= {f"gradients of layer={n!r}": g for n, g in zip(outputs, gradients, strict=True) if g is not None}
+    _check_finite(x, {"logits": logits, **parts})
     found = {}
     for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
         if gradient is None:
@@ -188,6 +197,8 @@ def _maps(output, x: Tensor) -> Tensor | None:
     n = h*w patches, in rows as in the input, and up to eight more in front of them.
     """
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != len(x):
+        return None
+    if not output.is_floating_point():
         return None
     if output.ndim == 4:
         last = _as_wide(output.shape[1:3], x) and not _as_wide(output.shape[2:], x)
@@ -242,6 +253,7 @@ def _borrowed(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
+    _check_model(model)
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
@@ -255,21 +267,59 @@ def _unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _logits(output) -> Tensor:
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+def _check_model(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} must be a torch.nn.Module.")
+
+
+def _forward(model: nn.Module, x: Tensor):
+    """model(x). What torch says there against its shape or type becomes a ValueError that names x; what a model raises
+    itself is handed on.
+    """
+    try:
+        return model(x)
+    except (RuntimeError, AssertionError) as error:
+        raised_in = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)][-1]
+        ours = type(error) in (RuntimeError, NotImplementedError, AssertionError)  # not: out of memory, device errors
+        if not ours or raised_in.split(".")[0] not in ("torch", "torchvision"):
+            raise
+        weights = next((f", its weights are {p.dtype}" for p in model.parameters()), "")
         raise ValueError(
-            f"The model's output must be logits of shape (B, K); got {got}. Wrap the model so that it returns them."
+            f"x={x.dtype} {tuple(x.shape)} does not fit this {type(model).__name__}{weights}: {error} "
+            "Give x the type, channels and size that the model expects."
+        ) from error
+
+
+def _logits(output, x: Tensor) -> Tensor:
+    output = getattr(output, "logits", output)
+    right = isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 2
+    if not right or len(output) != len(x) or not output.shape[1]:
+        got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"The model's output must be logits of shape (B, K), floats, here ({len(x)}, K); got {got}. Wrap the model "
+            "so that it returns them."
         )
     return output
 
 
-def _check_finite(logits: Tensor) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError(
-            "The model's logits contain NaN or infinity for this input. Check the input's scaling and the weights."
-        )
+def _check_finite(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity in what a network made of x: {what it is: tensor (B, ...)}.
+
+    A sum is finite only if all that it adds up is: one pass, no copy. Only if it is not, and large values may have made
+    it so, each value is looked at.
+    """
+    sums = [t.detach().sum(dtype=torch.float32 if t.dtype == torch.float16 else None) for t in tensors.values()]
+    if bool(torch.stack([s.float().to(x.device) for s in sums]).isfinite().all()):
+        return
+    for what, t in tensors.items():
+        wrong = (~t.detach().isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        if wrong:
+            source = "x is finite" if bool(x.isfinite().all()) else "x contains them too"
+            hidden = "" if what == "logits" else " The logits show nothing of it."
+            raise ValueError(
+                f"The model's {what} contain NaN or infinity in images {wrong[:5]} of x ({source}); all must be "
+                f"finite. Check the input's scaling and the weights.{hidden}"
+            )
 
 
 def _targets(target, logits: Tensor) -> Tensor:
@@ -281,7 +331,8 @@ def _targets(target, logits: Tensor) -> Tensor:
         chosen = chosen.to(logits.device)
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0, 0)  # refused below
-    if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.ndim > 1:
+    whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+    if not whole or chosen.ndim > 1 or chosen.layout != torch.strided:
         raise ValueError(
             f"target={target!r} must be a class index, one index per image, or None for the predicted class."
         )
@@ -296,9 +347,10 @@ def _targets(target, logits: Tensor) -> Tensor:
 
 
 def _check_input(model: nn.Module, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or not len(x):
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a float tensor (B, C, H, W) with B > 0; got {got}. See `preprocess`.")
+    dense = isinstance(x, Tensor) and x.layout == torch.strided
+    if not dense or x.ndim != 4 or not x.is_floating_point() or not x.numel():
+        got = f"{x.dtype} {tuple(x.shape)}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a float tensor (B, C, H, W), none of them 0; got {got}. See `preprocess`.")
     tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     if tensors and tensors[0].device != x.device:
         raise ValueError(
@@ -315,22 +367,32 @@ def _check_input(model: nn.Module, x: Tensor) -> None:
 # normalised. Indices: k channel, (i, j) position; sums over what is not on the left.
 
 
+def _pair(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    for name, t in (("A", A), ("G", G)):
+        if not isinstance(t, Tensor) or t.ndim != 4 or t.shape != A.shape or t.is_complex():
+            got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{name} must be a real tensor (B, C, h, w), A and G of one shape; got {got}.")
+    return A.float(), G.float()
+
+
 def grad_cam(A: Tensor, G: Tensor) -> Tensor:
     """ReLU(sum_k w_k A_k), w_k = mean_ij G_k(i, j). Selvaraju et al., ICCV 2017, eq. 1 and 2."""
-    A, G = A.float(), G.float()
+    A, G = _pair(A, G)
     return torch.einsum("bk,bkhw->bhw", G.mean((2, 3)), A).relu()
 
 
 def layer_cam(A: Tensor, G: Tensor) -> Tensor:
     """ReLU(sum_k ReLU(G_k(i, j)) A_k(i, j)). Jiang et al., IEEE TIP 2021, eq. 6 to 8."""
-    return (G.float().relu() * A.float()).sum(1).relu()
+    A, G = _pair(A, G)
+    return (G.relu() * A).sum(1).relu()
 
 
 def hires_cam(A: Tensor, G: Tensor) -> Tensor:
     """ReLU(sum_k G_k(i, j) A_k(i, j)). Draelos and Carin, 2020 (arXiv 2011.08891), eq. 5; rectified here as the others
     are.
     """
-    return (G.float() * A.float()).sum(1).relu()
+    A, G = _pair(A, G)
+    return (G * A).sum(1).relu()
 
 
 def grad_cam_pp(A: Tensor, G: Tensor) -> Tensor:
@@ -339,7 +401,7 @@ def grad_cam_pp(A: Tensor, G: Tensor) -> Tensor:
     Chattopadhyay et al., WACV 2018, eq. 10 and 19 (the target score enters as exp(y), whose higher derivatives are
     powers of G). Computed as a = 1 / (2 + S_k G), the same where G != 0, without squares of small numbers.
     """
-    A, G = A.float(), G.float()
+    A, G = _pair(A, G)
     denominator = 2 + A.sum((2, 3), keepdim=True) * G
     a = torch.where(denominator.abs() > 1e-6, 1 / denominator, torch.zeros_like(G))
     return torch.einsum("bk,bkhw->bhw", (a * G.relu()).sum((2, 3)), A).relu()
@@ -349,9 +411,9 @@ def xgrad_cam(A: Tensor, G: Tensor) -> Tensor:
     """ReLU(sum_k w_k A_k), w_k = sum_ij G_k A_k / sum_ij A_k. Fu et al., BMVC 2020, eq. 8. A channel that sums to zero
     gets weight zero.
     """
-    A, G = A.float(), G.float()
-    total = A.sum((2, 3))
-    w = torch.where(total.abs() > 1e-7, (G * A).sum((2, 3)) / total, torch.zeros_like(total))
+    A, G = _pair(A, G)
+    total, spoken = A.sum((2, 3)), (G * A).sum((2, 3))
+    w = torch.where(total.abs() > 1e-7, spoken / total, 0 * spoken)  # 0 times a NaN is NaN still
     return torch.einsum("bk,bkhw->bhw", w, A).relu()
 
 
@@ -385,12 +447,12 @@ def input_gradient(
     _check_input(model, x)
     with _borrowed(model, {}):
         leaf = x.detach().clone().requires_grad_()
-        logits = _logits(model(leaf.clone()))  # a clone, as a first layer may work in place
+        logits = _logits(_forward(model, leaf.clone()), x)  # a clone, as a first layer may work in place
         score = logits.gather(1, _targets(target, logits)[:, None]).sum()
         if guided:
             _guide(score)
         gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
-    _check_finite(logits)
+    _check_finite(x, {"logits": logits} | ({} if gradient is None else {"gradients of the input": gradient}))
     if gradient is None:
         raise ValueError("The target logit does not depend on the input.")
     return gradient.detach().float()
@@ -434,8 +496,11 @@ def normalise(maps: Tensor) -> Tensor:
     Division by the maximum, not min-max: min-max forces a zero into every map, and a zero in one factor kills a
     product. Raises ValueError for maps that are not (B, h, w), not finite, or negative somewhere.
     """
-    if maps.ndim != 3:
-        raise ValueError(f"maps must have shape (B, h, w); got {tuple(maps.shape)}.")
+    if not isinstance(maps, Tensor) or maps.is_complex() or maps.layout != torch.strided:
+        got = f"{maps.dtype}, {maps.layout}" if isinstance(maps, Tensor) else type(maps).__name__
+        raise ValueError(f"maps must be a dense tensor of real numbers, of shape (B, h, w); got {got}.")
+    if maps.ndim != 3 or not maps.shape[1] * maps.shape[2]:
+        raise ValueError(f"maps must have shape (B, h, w), h*w > 0; got {tuple(maps.shape)}.")
     maps = maps.float()
     low, high = maps.aminmax() if maps.numel() else (maps.new_zeros(()), maps.new_zeros(()))
     if not (bool(low >= 0) and math.isfinite(high)):  # aminmax hands a NaN on, and NaN >= 0 is false
@@ -454,8 +519,14 @@ def enlarge(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tens
     """
     if mode not in ("nearest", "bilinear", "bicubic"):
         raise ValueError(f"mode={mode!r} must be 'nearest', 'bilinear' or 'bicubic'.")
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        height = width = 0  # refused here
+    if height < 1 or width < 1:
+        raise ValueError(f"size={size!r} must be (H, W), two whole numbers from 1 on.")
     settings = {"mode": "nearest-exact"} if mode == "nearest" else {"mode": mode, "align_corners": False}
-    large = F.interpolate(normalise(maps)[:, None], size=tuple(size), **settings)[:, 0]
+    large = F.interpolate(normalise(maps)[:, None], size=(height, width), **settings)[:, 0]
     return normalise(large.clamp(min=0) if mode == "bicubic" else large)
 
 
@@ -503,10 +574,12 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
     The formula with alpha = 0.7 at one common layer is from hirthickraj2015, Grad-Cam_Analysis_of_Cnn_Decisions; see
     Sources in the README.
     """
-    if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second.")
-    if rule not in FUSIONS:
+    alpha = _alpha(alpha)
+    if not isinstance(rule, str) or rule not in FUSIONS:
         raise ValueError(f"rule={rule!r} is no fusion rule. {nearest(str(rule), list(FUSIONS))}")
+    for m in (a, b):
+        if not isinstance(m, Tensor):
+            raise ValueError(f"The maps must be tensors (B, h, w); got {type(m).__name__}.")
     if size is None and a.shape != b.shape:
         raise ValueError(
             f"The maps have shapes {tuple(a.shape)} and {tuple(b.shape)}: give size=(H, W) to enlarge both to one size."
@@ -519,6 +592,12 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
     return normalise(FUSIONS[rule](a, b, alpha))
 
 
+def _alpha(alpha: float) -> float:
+    if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second.")
+    return float(alpha) if alpha >= torch.finfo(torch.float32).tiny else 0.0  # float32's pow may take less for 0
+
+
 def fuse_layers(maps: Sequence[Tensor], size: tuple[int, int], fuse: str = "product") -> Tensor:
     """Maps of several layers, each (B, h, w) at its own resolution, as one: (B, H, W) in [0, 1], size = (H, W).
 
@@ -526,8 +605,11 @@ def fuse_layers(maps: Sequence[Tensor], size: tuple[int, int], fuse: str = "prod
     all but the coarsest scaled by tanh(2 m / max m), as Jiang et al., IEEE TIP 2021, section III-C, fuse the stages of
     a VGG16 (they scale the first three of five). Raises ValueError for another name.
     """
-    if fuse not in LAYER_FUSIONS:
+    if not isinstance(fuse, str) or fuse not in LAYER_FUSIONS:
         raise ValueError(f"fuse={fuse!r} is no fusion of layers. {nearest(str(fuse), list(LAYER_FUSIONS))}")
+    counts = [len(m) if isinstance(m, Tensor) and m.ndim == 3 else type(m).__name__ for m in maps]
+    if not counts or counts != counts[:1] * len(counts) or not isinstance(counts[0], int):
+        raise ValueError(f"maps={counts} must be tensors (B, h, w), at least one, all of the same B images.")
     large = [enlarge(m, size) for m in sorted(maps, key=lambda m: -m.shape[1])]  # the coarsest last
     return large[0] if len(large) == 1 else normalise(LAYER_FUSIONS[fuse](torch.stack(large)))
 
@@ -548,8 +630,11 @@ def cam_at(
     fuse: str = "product",
 ) -> Tensor:
     """A CAM at a layer, enlarged to size = (H, W): (B, H, W) in [0, 1]. Of several layers, joined by "+" as in
-    "layer2+layer3", the maps become one as `fuse_layers` says.
+    "layer2+layer3", the maps become one as `fuse_layers` says. Raises ValueError for a layer that was not captured.
     """
+    for name in str(layers).split("+"):
+        if name not in shot.activations:
+            raise ValueError(f"layer={name!r} was not captured. {nearest(name, list(shot.activations))}")
     return fuse_layers([cam(shot.activations[n], shot.gradients[n]) for n in layers.split("+")], size, fuse)
 
 
@@ -564,8 +649,9 @@ def _probe(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, object]]:
     def record(name: str) -> Callable:
         return lambda module, args, output: ended.append((name, module, output))
 
-    with _borrowed(model, {name: record(name) for name, _ in model.named_modules() if name}):
-        model(x[:1].detach().clone())
+    hooked = [n for n, m in model.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)]
+    with _borrowed(model, {name: record(name) for name in hooked}):
+        _forward(model, x[:1].detach().clone())
     return ended
 
 
@@ -649,7 +735,7 @@ def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
     the input.
     """
     with _borrowed(model, {layer: lambda module, args, output: output.detach()}):
-        return not _logits(model(x.clone().requires_grad_().clone())).requires_grad
+        return not _logits(_forward(model, x.clone().requires_grad_().clone()), x).requires_grad
 
 
 def _patches_count(model: nn.Module, x: Tensor, layer: str) -> bool:
@@ -661,7 +747,7 @@ def _patches_count(model: nn.Module, x: Tensor, layer: str) -> bool:
         return kept[0].clone()
 
     with _borrowed(model, {layer: keep}):
-        score = _logits(model(x.clone())).amax()
+        score = _logits(_forward(model, x.clone()), x).amax()
         gradient = torch.autograd.grad(score, kept, allow_unused=True)[0] if score.requires_grad else None
     return gradient is not None and bool(_maps(gradient, x).any())
 
@@ -725,19 +811,28 @@ def explain(
     model's input, else its `image_size`, else 224; the map has this size, and `overlay` fits it to the photograph.
     Raises ValueError for an unknown method, and what `capture` and `hybrid` raise.
     """
+    _check_model(model)
+    alpha = _alpha(alpha)
+    for name, value in (("layer", layer), ("shallow_layer", shallow_layer)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}={value!r} must be a dotted module name, such as 'layer4', or None.")
     if not isinstance(image, str | Path | Image.Image | Tensor):
         raise ValueError(f"image must be a path, a PIL image or a tensor; got {type(image).__name__}.")
+    if isinstance(image, Tensor) and not image.is_floating_point():
+        raise ValueError(f"image: a tensor must be preprocessed, so hold floats; got {image.dtype}. See `preprocess`.")
     if isinstance(image, Tensor):
         x = image[None] if image.ndim == 3 else image
     else:
         side = size or getattr(model, "image_size", 224)
+        if not isinstance(side, int) or side < 1:
+            raise ValueError(f"size={side!r} must be a whole number from 1 on, the side of the model's input.")
         x = preprocess(image if isinstance(image, Image.Image) else read_image(image), side)
     if x.ndim != 4 or len(x) != 1:
         raise ValueError(
             f"image: one at a time; got a tensor {tuple(image.shape)}. For batches use capture and the CAMs."
         )
-    if method != "hybrid" and method not in CAMS:
-        raise ValueError(f"method={method!r} is unknown. {nearest(method, ['hybrid', *CAMS])}")
+    if not isinstance(method, str) or method not in ("hybrid", *CAMS):
+        raise ValueError(f"method={method!r} is unknown. {nearest(str(method), ['hybrid', *CAMS])}")
     first = next(model.parameters(), x)
     x = x.to(device=first.device, dtype=first.dtype)
     deep, shallow = (
@@ -754,7 +849,7 @@ def explain(
     index = int(shot.target[0])
     probability = float(shot.logits.float().softmax(1)[0, index])
     return Explanation(
-        maps[0].cpu().numpy(), index, probability, method, deep, shallow if method == "hybrid" else "", float(alpha)
+        maps[0].cpu().numpy(), index, probability, method, deep, shallow if method == "hybrid" else "", alpha
     )
 
 
@@ -768,13 +863,16 @@ def colours(cam: np.ndarray | Tensor, size: tuple[int, int] | None = None, color
     import cv2
     import matplotlib
 
-    cam = np.asarray(cam.detach().cpu() if isinstance(cam, Tensor) else cam, dtype=np.float32)
-    if cam.ndim != 2 or not (cam.min() >= 0 and cam.max() <= 1):
-        raise ValueError(
-            f"cam must be a map (h, w) in [0, 1]; got shape {cam.shape}, values from {cam.min()} to {cam.max()}."
-        )
-    if colormap not in matplotlib.colormaps:
-        raise ValueError(f"colormap={colormap!r}: matplotlib has none. {nearest(colormap, list(matplotlib.colormaps))}")
+    try:
+        cam = np.asarray(cam.detach().float().cpu() if isinstance(cam, Tensor) else cam, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cam must be a map (h, w) in [0, 1]; got {type(cam).__name__}: {error}") from error
+    if cam.ndim != 2 or not cam.size or not (cam.min() >= 0 and cam.max() <= 1):
+        values = f", values from {cam.min()} to {cam.max()}" if cam.size else ""
+        raise ValueError(f"cam must be a map (h, w) in [0, 1]; got shape {cam.shape}{values}.")
+    if not isinstance(colormap, str) or colormap not in matplotlib.colormaps:
+        known = nearest(str(colormap), list(matplotlib.colormaps))
+        raise ValueError(f"colormap={colormap!r}: matplotlib has none. {known}")
     if size is not None:
         cam = cv2.resize(cam, size[::-1], interpolation=cv2.INTER_LINEAR)
     table = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
@@ -793,7 +891,7 @@ def overlay(
 
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
-    if not 0 <= opacity <= 1:
+    if not isinstance(opacity, Real) or not 0 <= opacity <= 1:
         raise ValueError(f"opacity={opacity!r} must lie in [0, 1].")
     coloured = colours(cam, pixels.shape[:2], colormap)
     return cv2.addWeighted(np.ascontiguousarray(pixels), 1 - opacity, coloured, opacity, 0)
@@ -802,16 +900,17 @@ def overlay(
 def edge_overlay(image: Image.Image, cam: np.ndarray | Tensor, colormap: str = "inferno") -> np.ndarray:
     """The map in colours with the image's Canny edges drawn over it in white: uint8 (H, W, 3) at the image's own size.
 
-    Canny, IEEE PAMI 1986, from OpenCV, on the grey image smoothed by 1/300 of its longer side, with thresholds 50 and
-    100; the lines are as wide. Shows where a map ends at an edge, with none of the image's brightness in the way.
+    Canny, IEEE PAMI 1986, from OpenCV, on the grey image shrunk to at most 500 pixels a side and smoothed by 1/300 of
+    the longer one, with thresholds 50 and 100: they count per pixel, so the same edge would pass in a small photograph
+    and not in a large one. Shows where a map ends at an edge, with none of the image's brightness in the way.
     """
     import cv2
 
-    grey, width = np.asarray(image.convert("L")), max(image.size) / 300
-    edges = cv2.Canny(cv2.GaussianBlur(grey, (0, 0), width), 50, 100)
-    edges = cv2.dilate(edges, np.ones([max(1, round(width))] * 2, np.uint8))
-    drawn = colours(cam, grey.shape, colormap)
-    drawn[edges > 0] = 255
+    small, drawn = image.convert("L"), colours(cam, image.size[::-1], colormap)
+    small.thumbnail((500, 500), Image.Resampling.BOX)
+    grey = np.asarray(small)
+    edges = cv2.Canny(cv2.GaussianBlur(grey, (0, 0), max(grey.shape) / 300), 50, 100)
+    drawn[cv2.resize(edges, image.size, interpolation=cv2.INTER_LINEAR) > 100] = 255
     return drawn
 
 
@@ -973,13 +1072,24 @@ def probabilities(model: nn.Module, x: Tensor, batch_size: int = 8, precision: s
     with _eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for part in x.split(batch_size):
             part = part.to(device).contiguous(memory_format=torch.channels_last)
-            rows.append(_logits(model(part)).float().softmax(1))
+            rows.append(_logits(_forward(model, part), part).float().softmax(1))
     return torch.cat(rows)
 
 
 def native_bf16() -> bool:
     """Whether the CPU multiplies in bfloat16; without that, `precision="bf16"` gains nothing on it."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _check_probabilities(p: Tensor) -> None:
+    """Refuse NaN, which comparisons would hide: NaN > 0.5 is false. Not in `probabilities`, where it would make every
+    batch wait for the GPU.
+    """
+    if bool(p.isnan().any()):
+        raise ValueError(
+            f"{int(p.isnan().sum())} of the model's {p.numel()} probabilities are NaN: its logits contain NaN or "
+            "infinity. Check the pictures' scaling and the weights."
+        )
 
 
 def measurable(
@@ -1014,9 +1124,11 @@ def measurable(
         if part.empty:
             continue
         p, target = probabilities(model, load_batch(part, size=size), batch_size, precision).max(1)
+        _check_probabilities(p)
         part, uses = part.assign(target=target.cpu().numpy(), p_image=p.cpu().numpy()), np.ones(len(part), bool)
         if twins:
             without = probabilities(model, load_batch(part, "twin", size), batch_size, precision)
+            _check_probabilities(without)
             part = part.assign(p_twin=without.gather(1, target[:, None])[:, 0].cpu().numpy())
             uses = (part.p_image - part.p_twin > 0.5).to_numpy()
         elif boxed:
@@ -1125,12 +1237,18 @@ def perturbation_curves(
         values.append(p.gather(1, target[i][:, None])[:, 0])
         if progress:
             progress(len(i))
-    return torch.cat(values).cpu()[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
+    found = torch.cat(values).cpu()
+    _check_probabilities(found)
+    return found[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
 
 
 def auc(curves: Tensor | np.ndarray) -> np.ndarray:
-    """Normalised trapezoid along the last axis: (sum - first/2 - last/2) / (n - 1). For probabilities, in [0, 1]."""
+    """Normalised trapezoid along the last axis: (sum - first/2 - last/2) / (n - 1). For probabilities, in [0, 1].
+    Raises ValueError for fewer than two points.
+    """
     c = np.asarray(curves, dtype=np.float64)
+    if c.ndim < 1 or c.shape[-1] < 2:
+        raise ValueError(f"curves must have at least two points along their last axis; got shape {c.shape}.")
     return (c.sum(-1) - c[..., 0] / 2 - c[..., -1] / 2) / (c.shape[-1] - 1)
 
 
@@ -1221,6 +1339,7 @@ def confidence_change(
         raise ValueError(f"clean must be {len(x)} probabilities in [0, 1], one per image; got shape {before.shape}.")
     shown = x * maps[:, None].to(x)
     p = probabilities(model, shown, batch_size, precision)
+    _check_probabilities(p)
     change = p.gather(1, _targets(target, p)[:, None])[:, 0].double().cpu().numpy() - before
     change[(np.abs(change) <= ROUNDING) | (shown == x).flatten(1).all(1).cpu().numpy()] = 0
     drop, gain = np.zeros_like(change), np.zeros_like(change)
@@ -1293,10 +1412,9 @@ def _rise_masks(grids: Tensor, shifts: Sequence[Sequence[int]], size: tuple[int,
 
 def _check_masks(maps: Tensor, masks: Tensor) -> None:
     normalise(maps)  # refuses NaN, infinity and negative values: they would rank or sum to a number that means nothing
-    if maps.shape != masks.shape or masks.dtype != torch.bool:
-        raise ValueError(
-            f"masks must be boolean and of the maps' shape {tuple(maps.shape)}; got {masks.dtype} {tuple(masks.shape)}."
-        )
+    if not isinstance(masks, Tensor) or maps.shape != masks.shape or masks.dtype != torch.bool:
+        got = f"{masks.dtype} {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
+        raise ValueError(f"masks must be boolean and of the maps' shape {tuple(maps.shape)}; got {got}.")
     if not bool(masks.flatten(1).any(1).all()):
         raise ValueError(
             "masks: at least one mask is empty; an image without an object cannot be localised. Leave it out."
@@ -1358,7 +1476,7 @@ def iou(maps: Tensor, masks: Tensor, threshold: float) -> np.ndarray:
 
 
 def _above(maps: Tensor, threshold: float) -> Tensor:
-    if not 0 < threshold <= 1:
+    if not isinstance(threshold, Real) or not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold!r} must lie in (0, 1]: it is compared with map / max(map).")
     return normalise(maps) >= threshold
 
@@ -1695,17 +1813,71 @@ def code_hash(*functions: Callable) -> str:
     return hashlib.sha256("\n".join(sorted(parts.values())).encode()).hexdigest()
 
 
+@functools.cache
+def _clear_leftovers(folder: Path) -> None:
+    """Once a process: remove the parts of files that killed runs left in a cache an hour or more ago. Writing one takes
+    milliseconds, so no other run, here or on another machine, is still at it.
+    """
+    for part in folder.glob("*.part"):
+        with suppress(FileNotFoundError):  # another run may clear them away as well
+            if time.time() - part.lstat().st_mtime > 3600:
+                part.unlink()
+
+
+def numerics(device: str | torch.device = "cpu") -> dict:
+    """What the last bits of a result depend on beside code, data and the shape of a batch: versions, threads, device,
+    instructions of the CPU, and torch's determinism and TF32 flags. Part of cache keys and of the manifest, and what
+    the workers of a cluster must share.
+    """
+    place = torch.device(device)
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+    }
+
+
+def dataset_hash(frame) -> str:
+    """SHA-256 of a data set's table: of ids, splits, labels, boxes and the bytes of images, twins, masks and hulls."""
+    columns = [c for c in ("id", "split", "label", "class", "boxes", "file", "twin", "mask", "hull") if c in frame]
+    digest = hashlib.sha256()
+    for row in frame[columns].sort_values("id", kind="stable").astype(str).to_dict("records"):
+        row |= {c: sha256(row[c]) for c in ("file", "twin", "mask", "hull") if row.get(c)}
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def save_resolved(out: str | Path, info: Mapping, device: str | torch.device, **chosen) -> None:
+    """What this run's parameters came to, as resolved.json, which the runner moves into the manifest."""
+    network = {"arch": info["arch"], "weights": info["weights"], "weights_sha256": info["sha256"]}
+    save_json({**network, **chosen, **numerics(device), "device": str(device)}, Path(out) / "resolved.json")
+
+
+def cache_file(folder: str | Path, key: Mapping) -> Path:
+    """Where `cached` keeps what belongs to `key`."""
+    text = json.dumps(key, sort_keys=True, default=os.fspath)
+    return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
 def cached(folder: str | Path, key: Mapping, make: Callable[[], list[dict]]) -> list[dict]:
     """What make() returns, a list of plain records, computed once: kept in `folder` under the hash of `key`, which must
     hold all that determines it. Written in one step, so a run that is stopped loses only the part it was at.
     """
-    text = json.dumps(key, sort_keys=True, default=os.fspath)
-    file = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    text, file = json.dumps(key, sort_keys=True, default=os.fspath), cache_file(folder, key)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"key": json.loads(text), "records": make()}), "utf-8")
-        os.replace(fresh, file)
+        _clear_leftovers(file.parent)
+        fresh = file.with_suffix(f".{os.getpid()}.part")
+        try:
+            fresh.write_text(json.dumps({"key": json.loads(text), "records": make()}), "utf-8")
+            os.replace(fresh, file)
+        finally:
+            fresh.unlink(missing_ok=True)
     return json.loads(file.read_text("utf-8"))["records"]
 
 

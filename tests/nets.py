@@ -66,9 +66,77 @@ def state(model: nn.Module, tensors: bool = True) -> dict:
         "tensors": {k: (v.dtype, v.detach().cpu().numpy().tobytes()) for k, v in _floats(model).items() if tensors},
         "objects": {k: id(p) for k, p in model.named_parameters()},
         "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
-        "grad": {k: (id(p.grad), p.grad.numpy().tobytes()) for k, p in model.named_parameters() if p.grad is not None},
+        "grad": {
+            k: (id(p.grad), p.grad.float().numpy().tobytes()) for k, p in model.named_parameters() if p.grad is not None
+        },
     }
 
 
 def _floats(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in model.state_dict().items()}
+
+
+class Small(nn.Module):
+    """Two convolutions and a linear head, for inputs (B, 3, h, w) from 4 x 4 on; what else it does is an option.
+
+    in_place: ReLUs alter their input. reused: one ReLU serves both places. norm: batch norm, always with statistics off
+    0 and 1. kind: "maps", or a last layer that puts out "tokens", (B, h*w, C), or channels "last", (B, h, w, C).
+    answer: makes what is handed back of the logits. extra: a module behind the first ReLU.
+    """
+
+    def __init__(
+        self, seed=0, classes=3, in_place=False, reused=False, norm=False, kind="maps", answer=None, extra=None
+    ):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4) if norm else None
+        self.first = nn.ReLU(inplace=in_place)
+        self.extra = extra
+        self.pool = nn.MaxPool2d(2)
+        self.body = nn.Conv2d(4, 5, 3, padding=1)
+        self.second = None if reused else nn.ReLU(inplace=in_place)
+        self.mix = None if kind == "maps" else nn.Linear(5, 16)
+        self.kind, self.answer, self.head = kind, answer, nn.Linear(5 if kind == "maps" else 16, classes)
+        settle(self, seed)
+
+    def forward(self, x):
+        y = self.stem(x)
+        y = self.first(y if self.norm is None else self.norm(y))
+        y = self.body(self.pool(y if self.extra is None else self.extra(y)))
+        y = (self.second or self.first)(y)
+        if self.kind == "tokens":
+            y = self.mix(y.flatten(2).mT).mT
+        elif self.kind == "last":
+            y = self.mix(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        logits = self.head(y.flatten(2).mean(2))
+        return self.answer(logits) if self.answer else logits
+
+    def layers(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        """The layers that can be captured with the shapes of their maps, for an input of this size."""
+        half = (height // 2, width // 2)
+        found = {"stem": (4, height, width), "norm": (4, height, width), "first": (4, height, width)}
+        found |= {"extra": (4, height, width), "pool": (4, *half), "body": (5, *half), "second": (5, *half)}
+        found |= {"mix": (16, *half)}
+        runs = [n for n in found if getattr(self, n) is not None and not (n == "first" and self.second is None)]
+        return {n: found[n] for n in runs}
+
+
+def laid_out(t: torch.Tensor, how: str) -> torch.Tensor:
+    """The same numbers in another layout of memory (expanded: those of the first image for all)."""
+    if how == "channels last":
+        return t.to(memory_format=torch.channels_last) if t.ndim == 4 else t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if how == "transposed":
+        return t.mT.contiguous().mT
+    if how == "strided":
+        wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1] + 1, dtype=t.dtype)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+    if how == "expanded":
+        return t[:1].expand_as(t)
+    if how == "negated":  # a view whose sign is turned when it is read, as the imaginary part of a conjugate is
+        return torch.complex(t, -t).conj().imag if t.dtype in (torch.float32, torch.float64) else t
+    return t.contiguous()
+
+
+LAYOUTS = ("contiguous", "channels last", "transposed", "strided", "expanded", "negated")

@@ -473,5 +473,5 @@ def test_layer_cam_at_several_layers_of_a_network():
         assert np.allclose(cc.cam_at(shot, cam, "2", size).numpy(), each[0])
     two = cc.cam_at(shot, cc.layer_cam, "2+6", size)
     assert torch.allclose(two, cc.hybrid(alone["2"], alone["6"], 0.5), atol=1e-5)  # the hybrid with alpha = 1/2
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="layer=.3. was not captured"):
         cc.cam_at(shot, cc.layer_cam, "2+3", size)

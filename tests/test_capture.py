@@ -308,7 +308,7 @@ def _bad_calls() -> dict:
         "target out of range": (lambda net: (net, dict(layers="4", target=99)), ValueError),
         "target of wrong type": (lambda net: (net, dict(layers="4", target=1.5)), ValueError),
         "no spatial output": (lambda net: (net, dict(layers=["4", "9"])), ValueError),
-        "wrong input": (lambda net: (net, dict(layers="4", x=torch.randn(2, 7, 12, 10))), RuntimeError),
+        "wrong input": (lambda net: (net, dict(layers="4", x=torch.randn(2, 7, 12, 10))), ValueError),
         "forward raises": (broken_forward, RuntimeError),
         "a hook raises": (user_hook_raises, KeyError),
         "interrupted": (interrupted, KeyboardInterrupt),
