@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import safe_open
 from torch import Tensor, nn
 
 # -------------------------------------------------------------------------------------------------------- 1 torchvision
@@ -117,7 +118,8 @@ def load_model(
     data/checkpoints; an own network as it is), "imagenet" (torchvision's best; it downloads and caches them) or one of
     torchvision's by name ("IMAGENET1K_V1"), or a file: a state dict, or a checkpoint with `model_state_dict` and, where
     it has them, `class_names`, `test_acc`, ... Files are loaded with `weights_only=True`, so nothing in them is
-    executed. class_names: names for the classes in place of the file's.
+    executed; nor in a .safetensors file, whose metadata may tell `arch`, `size`, and `class_names` as a JSON list (give
+    arch where they do not). class_names: names for the classes in place of the file's.
 
     Returns (model, info); info has arch, weights (name), sha256 (of the file; of an own network's tensors and source),
     class_names, size (the side of the input in pixels: the checkpoint's or the network's `image_size` or what
@@ -128,14 +130,14 @@ def load_model(
     """
     known, name = torchvision.models.list_models(module=torchvision.models), str(weights)
     if isinstance(arch, nn.Module) or ".py:" in arch:
-        model, info = _own_model(arch, weights)
+        model, info = _own_model(arch, weights, class_names)
     elif arch not in known and arch != "auto":
         raise ValueError(f"arch={arch!r} is neither a torchvision classifier nor FILE.py:name. {nearest(arch, known)}")
     elif name == "imagenet" or (name.startswith("IMAGENET1K") and not Path(weights).suffix):
         model, info = _pretrained(arch_name(arch), "DEFAULT" if name == "imagenet" else name)
     else:
         shipped = HOME / "data" / "checkpoints" / f"{arch_name(arch)}.pth"
-        model, info = _load_checkpoint(arch, shipped if name == "auto" else Path(weights))
+        model, info = _load_checkpoint(arch, shipped if name == "auto" else Path(weights), class_names)
     if class_names and len(class_names) != len(info["class_names"]):
         raise ValueError(f"classes: {len(class_names)} names for a network with {len(info['class_names'])} classes.")
     info["class_names"] = list(class_names) or info["class_names"]
@@ -174,7 +176,7 @@ def _pretrained(arch: str, weights: str) -> tuple[nn.Module, dict]:
     return model, {"arch": arch, "weights": str(entry), "sha256": "", "class_names": names, "size": _size(arch, model)}
 
 
-def _own_model(arch: str | nn.Module, weights: str | Path) -> tuple[nn.Module, dict]:
+def _own_model(arch: str | nn.Module, weights: str | Path, given: Sequence[str] = ()) -> tuple[nn.Module, dict]:
     """A network of the user's own, as a module or as FILE.py:name."""
     digest = hashlib.sha256()
     if isinstance(arch, nn.Module):
@@ -183,8 +185,8 @@ def _own_model(arch: str | nn.Module, weights: str | Path) -> tuple[nn.Module, d
         place, _, name = arch.rpartition(":")
         if not Path(place).is_file():
             raise ValueError(f"arch={arch!r}: there is no file {place}.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"own_{Path(place).stem}", place)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # `code_hash` asks for its source
         spec.loader.exec_module(module)
         if not callable(getattr(module, name, None)):
             raise ValueError(f"arch={arch!r}: {place} defines no class or function {name}.")
@@ -210,14 +212,26 @@ def _own_model(arch: str | nn.Module, weights: str | Path) -> tuple[nn.Module, d
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     info = {**extra, "arch": name, "weights": "its own" if str(weights) == "auto" else Path(weights).name}
-    return model, info | {"sha256": digest.hexdigest(), "class_names": _class_names(extra, classes), "size": size}
+    names = _class_names(extra, classes, given)
+    return model, info | {"sha256": digest.hexdigest(), "class_names": names, "size": size}
 
 
-def _class_names(extra: Mapping, classes: int) -> list[str]:
-    """The class names that a checkpoint holds, as a list or by index; else ImageNet's for 1000 classes, or numbers."""
-    names = extra.get("class_names")
-    names = [names.get(k, names.get(str(k))) for k in range(classes)] if isinstance(names, Mapping) else names
-    return list(names or (imagenet_classes() if classes == 1000 else [f"class {k}" for k in range(classes)]))
+def _class_names(extra: Mapping, classes: int, given: Sequence[str]) -> list[str]:
+    """The given class names; else those that a checkpoint holds, as a list, by index or with their index; else
+    ImageNet's for 1000 classes, or numbers. ValueError for another number of names than classes.
+    """
+    names = given or extra.get("class_names")
+    if isinstance(names, Mapping):
+        index = {str(v): k for k, v in names.items()} if all(isinstance(k, str) for k in names) else {}
+        by_number = index if set(index) == {str(k) for k in range(classes)} else {str(k): v for k, v in names.items()}
+        names = [by_number[str(k)] for k in range(classes) if str(k) in by_number]
+    names = list(names or (imagenet_classes() if classes == 1000 else [f"class {k}" for k in range(classes)]))
+    if len(names) != classes:
+        raise ValueError(
+            f"classes: {len(names)} names {'' if given else 'in the file '}for a network with {classes} classes."
+            f"{'' if given else ' Give them, classes=a,b,c.'}"
+        )
+    return names
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
@@ -232,11 +246,18 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
     numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     numbers += [np.dtype, *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32))]
     try:
-        with torch.serialization.safe_globals(numbers):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                content = {**(opened.metadata() or {}), "state_dict": {k: opened.get_tensor(k) for k in opened.keys()}}
+            content["class_names"] = json.loads(content.get("class_names", "[]"))
+        else:
+            with torch.serialization.safe_globals(numbers):
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here; all mean: not a file of tensors
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"weights={file} is not a PyTorch file of plain tensors ({reason}).") from None
+        raise ValueError(
+            f"weights={file} is not a PyTorch file of plain tensors ({type(error).__name__}). It may be damaged, or a "
+            "whole model, which is not read, since reading it would execute what is in it: save its state_dict()."
+        ) from None
     inside = next(
         (content[k] for k in ("model_state_dict", "state_dict") if isinstance(content, dict) and k in content), content
     )
@@ -244,20 +265,34 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(
             f"weights={file} holds no state dict: expected tensors by name, or a 'model_state_dict' entry."
         )
-    state = {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in inside.items()}
+    state = {k: v.float() if v.is_floating_point() else v for k, v in inside.items()}
+    state = _unprefixed(_unprefixed(state, "_orig_mod."), "module.")  # what torch.compile and DataParallel put before
     return state, {k: v for k, v in content.items() if inside is not content and v is not inside}
 
 
-def _load_checkpoint(arch: str, file: Path) -> tuple[nn.Module, dict]:
+def _unprefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items()} if all(k.startswith(prefix) for k in state) else state
+
+
+def _load_checkpoint(arch: str, file: Path, given: Sequence[str] = ()) -> tuple[nn.Module, dict]:
     """A torchvision classifier from a file; arch "auto" takes the file's word, or the one that its tensors fit."""
     state, extra = _read_checkpoint(file)
-    own = extra.get("arch", "")
+    state = _unprefixed(state, "model.")  # as Lightning has it
+    said = str(extra.get("arch") or "")
+    own = said.lower() if said.lower() in torchvision.models.list_models(module=torchvision.models) else ""
     if arch == "auto":
-        arch = own or _arch_of(state) or "resnet18"
+        arch = own or _arch_of(state) or ("" if said else "resnet18")
+        if not arch:
+            raise ValueError(f"weights={file} was saved for arch={said!r}, your own? Give arch=FILE.py:{said}.")
     elif own not in ("", arch):
         raise ValueError(f"weights={file} was saved for arch={own!r}, not {arch!r}. Give arch={own}.")
     if arch.startswith("densenet"):  # older files
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", k): v for k, v in state.items()}
+    if file.suffix == ".safetensors":  # it keeps its tensors in no order, and the last one tells the number of classes
+        with torch.device("meta"):
+            plain = {"init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+            order = [*torchvision.models.get_model(arch, weights=None, **plain).state_dict()]
+        state = {k: state[k] for k in sorted(state, key=lambda k: order.index(k) if k in order else -1)}
     head = list(state.values())[-1]
     if head.ndim == 0:
         raise ValueError(
@@ -274,7 +309,7 @@ def _load_checkpoint(arch: str, file: Path) -> tuple[nn.Module, dict]:
     _fit(model, state, f"weights={file} does not fit arch={arch}", hint)
     size = int(extra.get("size") or _size(arch, model))
     info = {**extra, "arch": arch, "weights": file.name, "sha256": sha256(file), "size": size}
-    return model, info | {"class_names": _class_names(extra, classes)}
+    return model, info | {"class_names": _class_names(extra, classes, given)}
 
 
 def _arch_of(state: Mapping[str, Tensor]) -> str:
@@ -358,7 +393,7 @@ def read_image(file: str | Path) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"image: {file} cannot be read ({error}).") from None
     if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image, dtype=np.float64)
+        grey = np.asarray(image, dtype=np.float32)
         if not (grey.min() >= 0 and grey.max() < np.inf):
             raise ValueError(
                 f"image: {file} has grey values from {grey.min()} to {grey.max()}; scale them to 0 and more."
@@ -399,7 +434,8 @@ def read_dataset(folder: str | Path, split: str | None = None):
     each box) and, optionally, class. Columns: id, split ("all" where there are no splits), label ("" if unknown), class
     (the index that boxes.csv, or a number for a label, gives; else -1), file, mask, twin ("" if there is none), boxes
     (JSON, "" if unknown), truth ("mask", "boxes" or ""), and whatever else a manifest has. split: only these rows.
-    Raises ValueError for a folder without images or without the asked split, and for files of boxes that are wrong.
+    Raises ValueError for a folder without images or without the asked split, for a manifest that names files outside
+    the folder, and for files of boxes that are wrong.
     """
     import pandas as pd
 
@@ -407,7 +443,7 @@ def read_dataset(folder: str | Path, split: str | None = None):
     if (folder / "manifest.csv").is_file():
         frame = pd.read_csv(folder / "manifest.csv", keep_default_na=False, dtype={"id": str})
         for column in [c for c in frame if c in ("file", "mask", "hull", "twin", "mask_b")]:
-            frame[column] = [str(folder / name) if name else "" for name in frame[column]]
+            frame[column] = [_inside(folder, str(name), column) if name else "" for name in frame[column]]
         frame = frame.sort_values("id", kind="stable")
     elif folder.is_dir():
         frame = pd.DataFrame(_scan(folder), columns=["id", "split", "label", "class", "file", "mask", "twin", "boxes"])
@@ -427,6 +463,17 @@ def read_dataset(folder: str | Path, split: str | None = None):
         if frame.empty:
             raise ValueError(f"dataset: {folder} has no split {split!r}; it has {', '.join(known)}.")
     return frame.reset_index(drop=True)
+
+
+def _inside(folder: Path, name: str, column: str) -> str:
+    """The absolute path of a file that a manifest names; ValueError for one beside the manifest's folder."""
+    path = Path(os.path.normpath(folder / name))
+    if not path.is_relative_to(folder):
+        raise ValueError(
+            f"dataset: {folder / 'manifest.csv'} names {name!r} as a {column}, which is outside its folder. Name files "
+            "inside it, such as test/a.png; a link that you put there yourself is followed."
+        )
+    return str(path)
 
 
 def _scan(folder: Path) -> list[tuple]:
@@ -495,7 +542,7 @@ def _read_voc(file: Path, label: str) -> tuple[str, list]:
     """(label, boxes [[x0, y0, x1, y1], ...]) of a PASCAL VOC file: the boxes of the objects of this label, or of all if
     none has it; without a label the first object's. VOC counts pixels from 1 and includes the last one.
     """
-    from xml.etree import ElementTree
+    from defusedxml import ElementTree  # refuses entities: they may name other files, or grow without end
 
     try:
         objects = [(o.findtext("name", ""), [float(o.find("bndbox").findtext(side))

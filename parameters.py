@@ -23,6 +23,7 @@ LEAST = {0: "n_images n_extra fine_steps rise_masks threads seed",
          1: "steps batch_size epochs", 5: "n_train n_val n_test"}
 BASELINES, DATASETS = {"twin", "rise", "zero", "black"}, ("synthetic", "cifar10", "samples")
 OWN_NETWORK, WEIGHTS = r"(.+\.py):\w+", r"auto|imagenet|IMAGENET1K_\w+"
+WEIGHT_FILES = (".pth", ".pt", ".safetensors")
 
 
 def is_colormap(name):
@@ -36,10 +37,12 @@ ALLOWED = {  # what is allowed beyond the type: in words, and as a test of the v
     **{name: (ok.replace(" ", " or "), lambda v, ok=ok: v in ok.split()) for name, ok in CHOICES.items()},
     "baseline": (f"one or more of {','.join(sorted(BASELINES))}", lambda v: set(v.split(",")) <= BASELINES),
     "dataset": (f"{', '.join(DATASETS)}, or an existing folder", lambda v: v in DATASETS or Path(v).is_dir()),
-    "weights": ("auto, imagenet, torchvision's IMAGENET1K_V1 and the like, or an existing .pth or .pt file",
-                lambda v: re.fullmatch(WEIGHTS, v) or Path(v).suffix in (".pth", ".pt") and Path(v).is_file()),
+    "weights": ("auto, imagenet, torchvision's IMAGENET1K_V1 and such, or an existing .pth, .pt or .safetensors file",
+                lambda v: re.fullmatch(WEIGHTS, v) or Path(v).suffix in WEIGHT_FILES and Path(v).is_file()),
     "arch": ("auto, the name of a torchvision classifier, or FILE.py:name of a network of your own",
              lambda v: re.fullmatch(r"\w+", v) or (own := re.fullmatch(OWN_NETWORK, v)) and Path(own[1]).is_file()),
+    "scheduler": ("nothing, or the address of a Dask scheduler, such as tcp://host:8786",
+                  lambda v: re.fullmatch(r"((tcp|tls)://[^\s/]+:\d+)?", v)),
     "also": ("nothing, or the name of a torchvision classifier", lambda v: re.fullmatch(r"\w*", v)),
     "colormap": ("one of matplotlib's, such as inferno, viridis or jet", lambda v: v == "inferno" or is_colormap(v)),
     **{name: (f"a whole number, {low} or more", lambda v, low=low: v >= low)

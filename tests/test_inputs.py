@@ -286,6 +286,20 @@ def test_edges_are_where_the_photograph_has_them():
     assert not changed[25:35, 35:45].any(), "inside the square there is no edge"
 
 
+def test_the_same_edges_are_drawn_in_a_small_and_in_a_large_photograph():
+    """Canny's thresholds count per pixel: without care a photograph of a telephone's size would have no edges."""
+    pixels = np.full((60, 80, 3), 90, np.uint8)
+    pixels[20:40, 30:50] = 160
+    photo, cam, shares = Image.fromarray(pixels), np.zeros((60, 80), np.float32), []
+    for size in ((320, 240), (1200, 900), (4000, 3000)):
+        white = (cc.edge_overlay(photo.resize(size, Image.Resampling.BICUBIC), cam) == 255).all(2)
+        rows, columns = (np.flatnonzero(white.any(axis)) / side for axis, side in ((1, size[1]), (0, size[0])))
+        assert (rows.min(), rows.max()) == pytest.approx((1 / 3, 2 / 3), abs=0.02)
+        assert (columns.min(), columns.max()) == pytest.approx((3 / 8, 5 / 8), abs=0.02)
+        shares.append(white.mean())
+    assert min(shares) > 0.5 * max(shares) > 0
+
+
 def test_a_colormap_that_is_not_there():
     with pytest.raises(ValueError, match="colormap='vridis'.*viridis"):
         cc.colours(np.zeros((4, 4), np.float32), colormap="vridis")

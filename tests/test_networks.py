@@ -212,7 +212,9 @@ def test_a_checkpoint_of_another_architecture_names_keys_shapes_and_what_fits(tm
 def test_class_names_and_numbers_of_numpy_inside(tmp_path):
     names = ["Rudo", "Baya", "Greg", "Yuki"]
     model = nets.network("resnet18", classes=4)
-    for inside in (names, dict(enumerate(names)), {str(k): n for k, n in enumerate(names)}):
+    by_number = dict(enumerate(names))
+    by_word = [{str(k): n for k, n in by_number.items()}, {n: k for k, n in by_number.items()}]
+    for inside in (names, tuple(names), by_number, *by_word):
         extra = {"class_names": inside, "val_acc": np.float64(0.75), "epoch": np.int64(3), "train_acc": np.float32(0.5)}
         _, info = cc.load_model("auto", saved(tmp_path, model, **extra))
         assert info["class_names"] == names and info["val_acc"] == 0.75 and info["epoch"] == 3
@@ -220,6 +222,33 @@ def test_class_names_and_numbers_of_numpy_inside(tmp_path):
     assert info["class_names"] == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match="classes: 3 names for a network with 4 classes"):
         cc.load_model("auto", saved(tmp_path, model), class_names=["a", "b", "c"])
+    for inside in (["a", "b"], {0: "a", 3: "d"}):
+        file = saved(tmp_path, model, class_names=inside)
+        with pytest.raises(ValueError, match="classes: 2 names in the file for a network with 4 classes. Give them"):
+            cc.load_model("auto", file)
+        assert cc.load_model("auto", file, class_names=names)[1]["class_names"] == names
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model."])
+def test_what_wrappers_put_before_the_names_is_taken_off(tmp_path, prefix):
+    state = {prefix + k: v for k, v in net("resnet18").state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "wrapped.pth")
+    loaded, info = cc.load_model("auto", tmp_path / "wrapped.pth")
+    assert info["arch"] == "resnet18" and torch.equal(loaded.fc.weight, net("resnet18").fc.weight)
+
+
+def test_the_arch_that_a_file_names(tmp_path):
+    """torchvision's names are taken in any case; another name helps only where the tensors tell nothing."""
+    assert cc.load_model("resnet18", saved(tmp_path, net("resnet18"), arch="ResNet18"))[1]["arch"] == "resnet18"
+    assert cc.load_model("auto", saved(tmp_path, net("resnet34"), arch="mine"))[1]["arch"] == "resnet34"
+    with pytest.raises(ValueError, match="was saved for arch='Mine', your own. Give arch=FILE.py:Mine"):
+        cc.load_model("auto", saved(tmp_path, nets.tiny(), arch="Mine"))
+
+
+def test_a_whole_model_is_refused_with_what_to_save_instead(tmp_path):
+    torch.save(nets.tiny(), tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"whole.pth is not .*would execute what is in it: save its state_dict\(\)"):
+        cc.load_model("auto", tmp_path / "whole.pth")
 
 
 def test_a_pickle_that_would_run_code_does_not(tmp_path):

@@ -172,7 +172,7 @@ def own_folder(folder, count, splits=("train", "val", "test"), by_folder=False):
     for split in splits:
         for label, colour in COLOURS.items():
             for k in range(count):
-                name = f"{label}/{split or 'x'}{k}.png" if by_folder else f"{label}_{k:03d}.png"
+                name = f"{label}/{split or 'x'}{k}.png" if by_folder else f"{label}_{k:03d}.jpg"
                 file = folder / split / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 pixels = np.clip(np.array(colour) + rng.normal(0, 20, (40, 48, 3)), 0, 255).astype(np.uint8)
@@ -214,7 +214,7 @@ def test_classes_that_are_not_there_are_refused_with_the_nearest(book, tmp_path)
         book["own_images"](frame, ["Greg", "Greg", "Rudo", "Baya"], 0)
     for labels in ("", "Greg"):
         with pytest.raises(
-            ValueError, match=f"tell {len(labels) // 4} labels, two or more are needed. Name the images"
+            ValueError, match=f"tell {len(labels) // 4} labels, two or more are needed. Name all images"
         ):
             book["own_images"](frame.assign(label=labels), ["Greg"], 0)
     lonely = frame[(frame["label"] != "Baya") | (frame["split"] == "test")]
@@ -236,6 +236,16 @@ def test_the_last_layer_is_replaced(book, arch):
     side = 224 if arch == "vit_b_16" else 64
     with torch.no_grad():
         assert book["replaced_head"](model, 4).eval()(torch.zeros(1, 3, side, side)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("arch", ["inception_v3", "maxvit_t"])
+def test_what_was_trained_with_a_new_last_layer_loads_again(book, tmp_path, arch):
+    """Inception has a second head of 1000 outputs, and MaxViT's last layer no bias: the file fits what is read."""
+    quick = {"init_weights": False} if arch == "inception_v3" else {}
+    model = book["replaced_head"](cc.torchvision.models.get_model(arch, weights=None, **quick), 4)
+    torch.save({"model_state_dict": model.state_dict(), "arch": arch}, tmp_path / "file.pth")
+    loaded, info = cc.load_model("auto", tmp_path / "file.pth")
+    assert len(info["class_names"]) == 4 and loaded.state_dict().keys() == model.state_dict().keys()
 
 
 def test_a_network_without_such_a_layer_is_refused(book):
@@ -299,14 +309,16 @@ def test_the_key_of_a_training_depends_on_what_determines_it(book, tmp_path):
     assert key != book["training_key"](rows, names, "resnet18", 4, 8, 0)
 
 
-@pytest.mark.parametrize("per_pass", [1, 17])
-def test_no_batch_of_one_is_skipped_or_met(book, tmp_path, per_pass):
+@pytest.mark.parametrize(("per_pass", "steps"), [(1, [4, 4, 4, 5]), (2, [8, 9]), (3, [12, 5]), (4, [17])])
+def test_a_step_takes_four_times_batch_size_and_never_one_image(book, tmp_path, per_pass, steps):
     rows, _ = book["own_images"](own_folder(tmp_path, 6), [], 0)
-    net, seen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3)), []
-    net.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])) if module.training else None)
+    rows = rows.drop(index=rows.index[rows["split"] == "train"][0])  # 17 are left
+    net, seen, measured = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3)), [], []
+    net.register_forward_pre_hook(lambda module, given: (seen if module.training else measured).append(len(given[0])))
     before = net[1].weight.clone()
     book["learn"](net, rows, 32, 1, per_pass, 0, torch.device("cpu"))
-    assert seen == ([2] * 9 if per_pass == 1 else [18]) and not torch.equal(before, net[1].weight)
+    assert seen == steps and not torch.equal(before, net[1].weight)
+    assert max(measured) == per_pass and sum(measured) == 18
 
 
 def test_best_is_the_smaller_loss_on_a_tie_then_the_earlier_epoch_and_each_file_holds_its_own(

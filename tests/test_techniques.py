@@ -1,5 +1,10 @@
 """What notebooks 02 and 03 define for themselves: classes by name, pictures that were moved, CAM, scaling, ..."""
 
+import collections
+import sys
+
+import matplotlib.pyplot as plt
+import nbformat
 import nets
 import numpy as np
 import pandas as pd
@@ -158,3 +163,75 @@ def test_areas_by_mode(layers):
     expected = cc.faithfulness(model, x, maps, torch.tensor([0, 1]), ["a", "b"], *ends, 0, 7, 8)
     for metric, curves in expected.items():
         assert table.loc[(metric, "bicubic")].to_numpy() == pytest.approx(cc.auc(curves["m"]), abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+NETWORK = """
+from torch import nn
+
+class Net(nn.Module):
+    image_size = 32
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential()
+        for i, o in ((3, 6), (6, 8), (8, 8)):
+            self.body.extend([nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+"""
+
+
+def held(value, depth=2):
+    """The tensors, arrays and tables in a value, or in the lists, tuples and dictionaries that it is."""
+    if isinstance(value, torch.Tensor | np.ndarray | pd.DataFrame):
+        yield value
+    elif isinstance(value, list | tuple | dict) and depth:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from held(part, depth - 1)
+
+
+@pytest.mark.parametrize("name", ["02_gradcam", "03_layercam"])
+def test_memory_is_bounded_by_batch_size_whatever_the_number_of_images(name, tmp_path, monkeypatch, repo):
+    """Run on 60 images, two in a batch: no call gets more than the few of a figure, and no maps of all are left."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    for folder in ("photos", "photos/masks"):
+        (tmp_path / folder).mkdir()
+        for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)):
+            picture = cc.Image.new("L", (32, 32), 255) if "masks" in folder else cc.Image.fromarray(pixels)
+            picture.resize((32, 32)).save(tmp_path / folder / f"p{k}.png")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cc, "save_figure", lambda fig, path: plt.close(fig))
+    monkeypatch.setattr(cc, "save_pictures", lambda *args: None)
+    most = collections.Counter()
+
+    def watch(counted, real):
+        def watched(given, *args, **kwargs):
+            most[counted] = max(most[counted], len(given))
+            return real(given, *args, **kwargs)
+
+        monkeypatch.setattr(cc, counted, watched)
+
+    for counted in ("load_batch", "load_masks", "enlarge", "normalise", "energy_in_mask"):
+        watch(counted, getattr(cc, counted))
+    names = {"__name__": "__main__", "display": lambda *args: None}
+    cells = [c for c in nbformat.read(repo / "notebooks" / f"{name}.ipynb", 4).cells if c.cell_type == "code"]
+    given = {"root": str(repo), "dataset": str(tmp_path / "photos"), "results_dir": str(tmp_path / "out")}
+    given |= {"arch": f"{tmp_path / 'net.py'}:Net", "n_images": 0, "batch_size": 2, "threads": 1}
+    with plt.rc_context():
+        for cell in cells:
+            exec(compile(cell.source.replace("import Markdown, display", "import Markdown"), name, "exec"), names)
+            names |= given if "parameters" in cell.metadata.get("tags", []) else {}
+    assert len(names["images"]) == 60
+    assert max(most["load_batch"], most["load_masks"], most["energy_in_mask"]) <= 6
+    assert max(most.values()) <= 32
+    for variable, value in names.items():
+        for kept in held(value) if variable not in ("frame", "In", "Out") else ():
+            if not isinstance(kept, pd.DataFrame):
+                count = kept.numel() if isinstance(kept, torch.Tensor) else kept.size
+                assert len(kept if kept.ndim else [0]) < 60 or count <= 60 * 4, f"{variable} keeps {tuple(kept.shape)}"
+        if isinstance(value, list) and len(value) >= 60:
+            assert not any(isinstance(part, torch.Tensor | np.ndarray) for part in value), f"{variable} keeps a list"
