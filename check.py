@@ -17,7 +17,7 @@ from pathlib import Path
 
 NEEDED = {"summary.csv", "fusion.json"}  # every reference has these; its further files count where it has them
 LEFT_OUT = re.compile(r"cost.*\.csv|manifest\.json")
-IGNORED = {"run", "device"}  # columns that differ from run to run and from machine to machine
+IGNORED = {"run", "device", "dataset_sha256"}  # columns that differ from run to run and from machine to machine
 PLACES = {"alpha", "complexity", "height", "step", "fraction"}  # numbers that tell which row it is, as texts do
 # The first pattern found in "metric column" counts; " few" follows in a row on fewer than 10 images. The numbers in the
 # comments are the largest changes measured: in the smoke run (4 images) between 1 and 2 threads (none at all), batches
@@ -40,8 +40,11 @@ SHOWN = 20  # differences of one file that are printed
 
 def manifest_of(folder):
     """The manifest of a folder that a run made; {} for any other."""
-    manifest = json.loads(path.read_text("utf-8")) if (path := folder / "manifest.json").is_file() else {}
-    return manifest if "run" in manifest and "files" in manifest else {}
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the run was killed while it wrote this
+        return {}
+    return manifest if isinstance(manifest, dict) and {"run", "files"} <= manifest.keys() else {}
 
 
 def read(path):

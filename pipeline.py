@@ -12,6 +12,7 @@ import argparse
 import csv
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,10 +46,11 @@ def select(stems, only, start):
 def run_id(parameters, notebooks):
     """12 hex digits of all that determines the results: parameters, cells, modules, requirements, weights, network."""
     cells = [[cell["source"] for cell in read_cells(path)] for path in notebooks.values()]
-    files = {*ROOT.glob("cam_*.py"), ROOT / "requirements.txt", *(ROOT / "data/checkpoints").glob("*.pth")}
+    files = {*ROOT.glob("cam_*"), ROOT / "requirements.txt", *(ROOT / "data/checkpoints").glob("*.pth")}
     files |= {Path(values["weights"]) for values in parameters.values() if "weights" in values}
     files |= {Path(values["arch"].rpartition(":")[0]) for values in parameters.values() if "arch" in values}
     hashes = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file())
+    parameters = {stem: values | {"scheduler": ""} for stem, values in parameters.items()}  # where, not what
     return hashlib.sha256(json.dumps([parameters, cells, hashes], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -83,6 +86,18 @@ def hashes(top):
     return {str(p.relative_to(top)): hashlib.sha256(p.read_bytes()).hexdigest() for p in top.rglob("*") if p.is_file()}
 
 
+@functools.cache
+def portable(value):
+    """A parameter for the manifest: a path as seen from the repository, one outside by its name and content's hash."""
+    path = ROOT / re.sub(r"(\.py):\w+$", r"\1", value)
+    if Path(os.path.normpath(path)).is_relative_to(ROOT):
+        return os.path.relpath(value, ROOT) if os.path.isabs(value) else value
+    content = {"": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else hashes(path)
+    lasting = {name: digest for name, digest in content.items() if not name.startswith("cache/")}
+    return {"name": os.path.basename(os.path.normpath(value)),
+            "sha256": hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()}
+
+
 def circumstances():
     """Commit (None outside git), packages and machine, for the manifest."""
     words = "git --git-dir=.git describe --always --dirty --abbrev=40 --exclude=*" if shutil.which("git") else "true"
@@ -111,6 +126,7 @@ def execute(path, output, parameters):
     import papermill
     names = [str(name).replace("{", "{{").replace("}", "}}") for name in (path, output)]  # papermill formats them
     options = {"kernel_name": "python3", "language": "python", "cwd": ROOT, "start_timeout": 300}
+    tempfile.tempdir = os.environ["JUPYTER_PATH"]  # the kernel's address and key go when the run's folder goes
     options["progress_bar"] = sys.stderr.isatty() and {"desc": path.stem, "unit": "cell", "leave": False}
     try:
         notebook = papermill.execute_notebook(*names, parameters, **options)
@@ -126,18 +142,29 @@ def execute(path, output, parameters):
         number, source, log = len(begun), "".join(begun[-1:]), Path(os.environ["JUPYTER_PATH"], "kernel.log")
         message = f"{error}: most likely out of memory (a smaller batch_size or n_images needs less). It said last:\n"
         message += "\n".join(log.read_text("utf-8", "replace").splitlines()[-8:] or ["nothing"])
+    finally:
+        tempfile.tempdir = None
     lines = [f"{path.stem} failed in cell [{number}]:", *source.splitlines()[:12], *message.splitlines()[:20]]
     raise SystemExit("\n    ".join(lines) + f"\nExecuted so far: {output}. The present results are as they were.")
 
 
 def finish(path, run, *renamed):
     """Stamp an executed notebook with its run, let its paths point to the target, and write it as HTML too."""
-    from nbconvert import HTMLExporter
+    import report  # brings nbconvert
     content = json.loads(path.read_text("utf-8").replace(*renamed))
     content["metadata"]["hybrid_cam_run"] = run
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    html, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(path))
-    path.with_suffix(".html").write_text(f"{html}<!-- run {run} -->\n", "utf-8")
+    path.with_suffix(".html").write_text(report.notebook_page(path, run), "utf-8")
+
+
+def add_report(fresh, manifest, target):
+    import report
+    try:
+        report.write(fresh, manifest)
+    except Exception as error:  # what took hours to measure is not thrown away for a page that can be made again
+        (fresh / "report.html").unlink(missing_ok=True)  # half of it, where the disk is full
+        print(f"report.html was not made ({type(error).__name__}: {error}). All other results are complete and in "
+              f"place; python report.py {target} makes the report from them.", file=sys.stderr, flush=True)
 
 
 def say_skipped(target):
@@ -166,7 +193,7 @@ def run_all(args):
     present = check.manifest_of(target) or {"notebooks": {}, "files": {}}
     entries = {stem: entry for stem, entry in present["notebooks"].items() if stem not in stale}
     owners = {name: file["notebook"] for name, file in present["files"].items() if file["notebook"] in entries}
-    for name in filter(lambda name: (target / name).is_file(), owners):
+    for name in owners.keys() & hashes(target).keys():  # a name that is only in a manifest could lead elsewhere
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(target / name, fresh / name)
     manifest = {"run": run, **circumstances(), "notebooks": entries}
@@ -178,11 +205,21 @@ def run_all(args):
         values = {name: value for name, value in parameters[stem].items() if name in given}
         values |= {name: str(path) for name, path in (("root", ROOT), ("results_dir", fresh)) if name in specs[stem]}
         execute(notebooks[stem], output, values)
-        entries[stem] = {"run": run, "parameters": parameters[stem], "seconds": round(time.monotonic() - start, 1)}
+        entries[stem] = {"run": run, "parameters": parameters[stem], "seconds": round(time.monotonic() - start, 1),
+                         "sha256": hashlib.sha256(notebooks[stem].read_bytes()).hexdigest()}
+        if (resolved := fresh / "resolved.json").is_file():  # what the parameters came to, said by the notebook
+            entries[stem]["resolved"] = json.loads(resolved.read_text("utf-8"))
+            resolved.unlink()
         print(f"      {entries[stem]['seconds']} s", flush=True)
         finish(output, run, fresh.name, target.name)
         owners |= {name: stem for name, digest in hashes(fresh).items() if before.get(name) != digest}
     shutil.rmtree(fresh / ".kernel")
+    for stem in chosen:  # only now, as 01 fills the data's folder
+        paths = {"arch", "data_dir", "dataset", "weights"} & specs[stem].keys()
+        entries[stem]["parameters"] = parameters[stem] | {name: portable(parameters[stem][name]) for name in paths}
+    manifest["seconds"] = round(time.monotonic() - begin, 1)
+    add_report(fresh, manifest, target)
+    owners["report.html"] = "report.py"
     manifest["files"] = {name: {"notebook": owners[name], "bytes": (fresh / name).stat().st_size, "sha256": digest}
                          for name, digest in hashes(fresh).items()}
     (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -212,7 +249,11 @@ def main():
     args = parser.parse_args()
     for number in filter(lambda n: signal.getsignal(n) != signal.SIG_IGN, (signal.SIGINT, signal.SIGTERM)):
         signal.signal(number, stop)
-    run_all(args)
+    try:
+        run_all(args)
+    except OSError as error:  # a full disk, a folder without permission
+        raise SystemExit(f"run_all.sh: stopped by {error}. What is in place is complete, the old results or the new "
+                         "ones. Make room or give permission, and run it again: what was measured is kept.") from None
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """The five notebooks, run for real: the smoke run held against its reference, own photographs, and what goes wrong."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from nbcode import definitions
 from nbrun import papermill, pixels
 from PIL import Image
-from test_own_data import own_folder
+from test_own_data import batch, own_folder
+from test_techniques import NETWORK
 
 import cam_core as cc
 
@@ -89,7 +93,7 @@ def test_runs_from_the_notebooks_folder(repo, smoke, tmp_path, number):
     assert done.returncode == 0, done.stderr[-3000:]
     assert list((tmp_path / "figures").glob(f"{number}_*.png"))
     heat = Image.open(next((tmp_path / "images").glob(f"{number}_*_heatmap.png")))
-    table = (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).round().astype(int)
+    table = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]
     assert {colour for _, colour in heat.getcolors(maxcolors=60_000)} <= set(map(tuple, table.tolist()))
     assert (tmp_path / "figures" / "02_two_networks.png").exists() == (number == "02")
 
@@ -115,10 +119,36 @@ def test_05_without_a_choice_names_both_ways_out(repo, smoke, tmp_path):
 
 def test_05_refuses_a_choice_made_for_something_else(repo, smoke, tmp_path):
     fusion = json.loads((smoke[0] / "fusion.json").read_text())
-    (tmp_path / "fusion.json").write_text(json.dumps({**fusion, "layer": "layer3"}))
+    (tmp_path / "fusion.json").write_text(json.dumps({**fusion, "layer": "layer3", "dataset_sha256": "other images"}))
     parameters = {"root": repo, "data_dir": smoke[1], "results_dir": tmp_path}
     done = papermill(next((repo / "notebooks").glob("05_*.ipynb")), tmp_path / "05.ipynb", parameters, tmp_path)
     assert done.returncode != 0 and "layer: 'layer3' there, 'layer4' here" in done.stderr
+    assert f"dataset_sha256: 'other images' there, '{fusion['dataset_sha256']}' here" in done.stderr
+    assert "arch: " not in done.stderr
+
+
+def test_two_runs_give_the_same_bytes(repo, smoke, tmp_path):
+    """Every CSV, PNG and PDF of a notebook that keeps nothing in the cache, made twice."""
+    found = []
+    for name in ("one", "two"):
+        parameters = {"root": repo, "data_dir": smoke[1], "results_dir": tmp_path / name, "n_images": 2, "threads": 1}
+        done = papermill(next((repo / "notebooks").glob("03_*.ipynb")), tmp_path / "copy.ipynb", parameters, repo)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        found.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
+    assert {Path(name).suffix for name in found[0]} >= {".csv", ".png", ".pdf"}
+    assert [name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name)] == []
+
+
+def test_the_manifest_tells_what_the_parameters_came_to(smoke):
+    record = json.loads((smoke[0] / "manifest.json").read_text())
+    fusion, seen = json.loads((smoke[0] / "fusion.json").read_text()), record["notebooks"]["05_evaluation"]["resolved"]
+    for name in ("alpha", "layer", "shallow_layer", "rule", "weights_sha256", "dataset_sha256"):
+        assert seen[name] == fusion[name] != "auto", name
+    assert seen["device"] in ("cpu", "cuda:0", "mps:0") and seen["threads"] >= 1
+    assert isinstance(seen["deterministic"], bool) and len(seen["tf32"]) == 2
+    assert set(record["notebooks"]["05_evaluation"]["parameters"]["data_dir"]) == {"name", "sha256"}
+    assert str(smoke[1].parent) not in json.dumps(record) and not (smoke[0] / "resolved.json").exists()
 
 
 def test_a_folder_of_photographs(repo, smoke, tmp_path):
@@ -166,14 +196,47 @@ def test_photographs_with_boxes(repo, tmp_path):
     (tmp_path / "photos" / "boxes.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     given = {"root": repo, "dataset": tmp_path / "photos", "weights": repo / "data" / "checkpoints" / "resnet18.pth"}
     given |= {"results_dir": tmp_path, "data_dir": tmp_path, "steps": 3, "n_extra": 1, "n_images": 0, "threads": 1}
-    given |= {"alpha": 0.5, "shallow_layer": "layer2", "rule": "product", "baseline": "rise", "colormap": "viridis"}
+    given |= {"alpha": 0.5, "shallow_layer": "layer2", "rule": "product", "baseline": "rise", "precision": "bf16"}
     notebook = next((repo / "notebooks").glob("05_*.ipynb"))
     done = papermill(notebook, tmp_path / "05.ipynb", given, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = pd.read_csv(tmp_path / "metrics.csv", keep_default_na=False)
+    said = (tmp_path / "05.ipynb").read_text(encoding="utf-8")
+    told = re.search(r"bf16 against float32, 8 areas: mean error ([\d.]+), largest", said)
+    assert 0 < float(told[1]) < 0.01
     assert set(metrics[metrics.metric == "energy"].image) == {"photo1", "photo2"}
     for kind in ("original", "grayscale", "heatmap", "overlay", "edges"):
         assert Image.open(tmp_path / "images" / f"05_photo1_{kind}.png").size == (150, 260), kind
+
+
+def test_cifar10_beside_the_published_numbers(repo, tmp_path):
+    """params/cifar10.yaml, with a small network in the place of the one that has to be downloaded."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    definitions("01_dataset_synthesis")["write_cifar"](
+        tmp_path / "cifar10", batch([k % 10 for k in range(16)])[0], "here", 0
+    )
+    given = yaml.safe_load((repo / "params" / "cifar10.yaml").read_text("utf-8"))
+    del given["n_test"]  # of 01
+    given |= {"arch": f"{tmp_path / 'net.py'}:Net", "weights": "auto", "layer": "body", "shallow_layer": "body"}
+    given |= {"root": repo, "data_dir": tmp_path, "results_dir": tmp_path, "n_images": 12, "threads": 1}
+    notebook = next((repo / "notebooks").glob("05_*.ipynb"))
+    done = papermill(notebook, tmp_path / "05.ipynb", given, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "tables" / "05_published.csv")
+    published = table.set_index("method").published.to_dict()
+    assert published == {"Grad-CAM": 0.1140, "LayerCAM": 0.1066, "Same-layer hybrid": 0.1145}
+    metrics = pd.read_csv(tmp_path / "metrics.csv", keep_default_na=False)
+    curves = metrics[(metrics.metric == "insertion") & (metrics.baseline == "zero")]
+    curves = curves.pivot(index="image", columns="method", values="value")
+    assert len(curves) == 12
+    for n, part in table.groupby("n"):
+        means = part.set_index("method")["mean"]
+        first = curves.loc[[f"test_{k:05d}" for k in np.random.default_rng([0, 7]).permutation(16)[:n]]].mean()
+        assert means["Grad-CAM"] == pytest.approx(first["grad_cam"], abs=1e-6)
+        assert means["Same-layer hybrid"] == pytest.approx(first["hybrid_same"], abs=1e-6)
+    spread = table[table.method == "Same-layer hybrid"]
+    assert sorted(table.n.unique()) == [10, 12] and (spread.low < spread.difference).all()
+    assert (spread.difference < spread.high).all()
 
 
 def test_01_trains_on_ones_own_images(repo, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import check
 import parameters
 import pipeline
+import report
 
 PARAMETERS = """root: str = ""  # repository root
 results_dir: str = "results/default"  # where this run writes
@@ -47,8 +48,9 @@ def make_repository(root):
     """A repository with three small notebooks; 04 fails in the way its parameter `mode` says."""
     for folder in ("data/checkpoints", "results"):
         (root / folder).mkdir(parents=True)
-    for module in (pipeline, parameters, check):
+    for module in (pipeline, parameters, check, report):
         shutil.copy(module.__file__, root)
+    shutil.copy(Path(report.__file__).with_name("report_template.html"), root)
     (root / "cam_core.py").write_text("")
     (root / "requirements.txt").write_text("papermill==0  # only the name is read\n")
     (root / "data/checkpoints/net.pth").write_bytes(b"weights")
@@ -63,6 +65,7 @@ def make_repository(root):
         root / "notebooks/04_choice.ipynb",
         PARAMETERS + 'alpha: float | str = "auto"  # weight\nmode: str = "ok"  # how to end\n',
         WORK + """import json
+save("resolved.json", json.dumps({"alpha": "as found"}))
 save("fusion.json", json.dumps({"alpha": alpha, "mode": mode, "run": run}))""", "value = 1",
         'if mode == "sleep":\n    save("pid", str(os.getpid()))\n    time.sleep(100)\n'
         'if mode == "die":\n    os.write(2, b"no room left\\n")\n    os._exit(9)\n'
@@ -198,6 +201,7 @@ def test_a_value_of_another_type_is_refused(capsys, types, value):
         ("colormap", "str", ["inferno", "viridis", "jet"], ["rainbows", ""]),
         ("strict", "bool", ["true", False], [1]),
         ("epochs", "int", [1, 20], [0]),
+        ("scheduler", "str", ["", "tcp://host:8786", "tls://10.0.0.1:1"], ["host:8786", "tcp://host", "http://a:1", 3]),
     ],
 )
 def test_what_is_allowed(here, capsys, name, types, good, bad):
@@ -348,9 +352,12 @@ def test_every_output_carries_the_run_and_the_manifest_lists_them_all(finished):
         assert record["run"].encode() in data, name
         assert record["files"][name]["bytes"] == len(data)
     assert record["files"]["fusion.json"]["notebook"] == "04_choice"
+    assert record["files"]["report.html"]["notebook"] == "report.py"
     assert len(record["run"]) == 12 and record["packages"]["papermill"] == "2.7.0"
     assert record["commit"] is None and record["dirty"] is None and record["cpus"] == os.cpu_count()
-    assert all(entry["seconds"] > 0 for entry in record["notebooks"].values())
+    assert all(entry["seconds"] > 0 for entry in record["notebooks"].values()) and record["seconds"] > 0
+    assert record["notebooks"]["04_choice"]["resolved"] == {"alpha": "as found"} and "resolved.json" not in files
+    assert "resolved" not in record["notebooks"]["01_data"] and len(record["notebooks"]["01_data"]["sha256"]) == 64
     assert b"unfinished" not in b"".join(files.values()), "paths point to where the results are now"
     assert sorted(path.name for path in target.parent.iterdir()) == [".out.lock", "few.yaml", "kernels", "out"]
 
@@ -383,6 +390,32 @@ def test_the_run_id_is_that_of_what_determines_the_results(tmp_path, monkeypatch
     (tmp_path / "x.pth").write_text("b")
     seen.append(identity(weights=str(tmp_path / "x.pth")))
     assert len(set(seen)) == len(seen) == 7
+
+
+def test_where_it_is_computed_is_no_part_of_the_run_id(here):
+    notebooks = {"01_data": here / "notebooks/01_data.ipynb"}
+    seen = {pipeline.run_id({"01_data": {"n": 1, "scheduler": where}}, notebooks) for where in ("", "tcp://a:1")}
+    assert len(seen) == 1
+
+
+def test_the_manifest_tells_paths_as_seen_from_the_repository(here, tmp_path):
+    pipeline.portable.cache_clear()
+    for word in ("auto", "synthetic", "data", "resnet50", "cam_core.py:Net"):
+        assert pipeline.portable(word) == word
+    assert pipeline.portable(str(here / "data/checkpoints/net.pth")) == "data/checkpoints/net.pth"
+    assert pipeline.portable(f"{here}/cam_core.py:Net") == "cam_core.py:Net"
+    photos, seen = tmp_path / "photos", []
+    (photos / "cache").mkdir(parents=True)
+    for name, text in (("a.png", "a"), ("a.png", "b"), ("b.png", "b"), ("cache/x", "finished work")):
+        (photos / name).write_text(text)
+        pipeline.portable.cache_clear()
+        seen.append(pipeline.portable(str(photos)))
+        assert seen[-1]["name"] == "photos" and len(seen[-1]["sha256"]) == 64
+    assert len({each["sha256"] for each in seen}) == 3 and seen[-1] == seen[-2], "the cache does not count"
+    (tmp_path / "net.py").write_text("class Net: pass")
+    assert pipeline.portable(f"{tmp_path}/net.py:Net")["name"] == "net.py:Net"
+    assert pipeline.portable("../elsewhere")["name"] == "elsewhere"
+    pipeline.portable.cache_clear()
 
 
 def test_commit_and_dirty_flag(tmp_path, monkeypatch):
@@ -424,6 +457,13 @@ def test_no_torch_and_no_papermill_before_the_parameters_are_checked(repo):
     code = "import sys, pipeline; print({'torch', 'papermill', 'nbformat', 'nbconvert'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", "the second start would not reach the first notebook in 5 seconds"
+
+
+def test_a_report_that_fails_costs_no_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "build", lambda *_: 1 / 0)
+    pipeline.add_report(tmp_path, {}, "results/here")
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError" in said and "python report.py results/here" in said and not list(tmp_path.iterdir())
 
 
 # ---- the old results or the new ones
