@@ -351,7 +351,7 @@ def costs(folder, manifest):
         names = {"seconds": "seconds per image", "ratio": "in forward passes"}
         tables.append(plain_table(cost.drop(columns=["device", "batch"], errors="ignore"), caption, ".4f", names))
     if steps is not None:
-        tables.append(plain_table(steps, "The techniques of notebook 02, on the number of images given.", ".4f"))
+        tables.append(plain_table(steps, "The techniques of notebook 02, at another time of the run, on the number of images given.", ".4f"))
     spent = [[word(stem), number(entry["seconds"], ".1f")] for stem, entry in manifest.get("notebooks", {}).items()]
     if spent:
         tables.append(dict(caption="Wall-clock time of each notebook.", columns=["notebook", "seconds"], rows=spent))
@@ -468,8 +468,8 @@ def figures(folder, n, located):
     plan = {
         "forest": [("05_differences", "Forest plot: each method's paired difference to Grad-CAM, one panel per metric",
                     f"Mean paired difference to Grad-CAM with its {interval_text}; right of the line is better in "
-                    f"every panel (where lower is better it is mirrored). {many}; further baselines have fewer, as "
-                    "their titles say.")],
+                    f"every panel (where lower is better it is mirrored). {many}; further baselines may have "
+                    "fewer, as their titles say.")],
         "controls": [("05_controls", "The hybrid's paired difference to each control of its resolution",
                       f"Hybrid minus control, {interval_text}, {many}: right of the line the hybrid is better. p "
                       "uncorrected.")],
@@ -520,7 +520,8 @@ def figures(folder, n, located):
         parts["pairs"] = plain_table(joined(share), caption)
     means = read_table(folder, "tables/05_means.csv")
     if means is not None:
-        caption = f"All metrics as means, {many}; RISE and further baselines on fewer. Intervals: summary.csv."
+        caption = f"All metrics as means, {many}; further baselines and RISE, where measured, on at most n_extra images. "
+        caption += "Intervals: summary.csv."
         parts["means"] = plain_table(means, caption)
     return parts
 

@@ -1,6 +1,6 @@
 """How long a map takes, and what it holds in memory, beside a bare forward pass and three other packages.
 
-    python benchmarks/cam.py [--arch resnet18,resnet50] [--batch 1,16] [--repetitions 15] [--threads N] [--device cpu]
+    python benchmarks/cam.py [--arch resnet18,resnet50] [--batch 1,16] [--repetitions 5] [--threads N] [--device cpu]
 
 Each contender gets the same images, weights, targets and memory layout, and a copy of the network of its own, used as
 its documentation shows. Maps are compared before anything is timed: a ratio stands only beside equal maps. Writes
@@ -266,7 +266,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default="resnet18,resnet50")
     parser.add_argument("--batch", default="1,16")
-    args, device = timing.start(parser)
+    args, device = timing.start(parser, 5)
     archs, batches = args.arch.split(","), [int(b) for b in args.batch.split(",")]
     rows, memory = [], []
     for arch, depth in itertools.product(archs, DEPTHS):

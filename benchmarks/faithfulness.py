@@ -206,12 +206,12 @@ def main():
     parser.add_argument(
         "--growth", default="squeezenet1_1", help="the network of the growth figure; empty: leave it out"
     )
-    parser.set_defaults(repetitions=3)
-    args, device = timing.start(parser)
+    args, device = timing.start(parser, 3)
     tables = []
     for steps in map(int, args.steps.split(",")):
-        for layout in list(timing.LAYOUTS)[: 2 if steps < 100 else 1]:  # many steps take minutes: the faster one alone
-            tables.append(compare_speed(args.arch, layout, steps, args.repetitions, device))
+        many = steps >= 100  # they take minutes: once, in the faster layout alone
+        for layout in list(timing.LAYOUTS)[: 1 if many else 2]:
+            tables.append(compare_speed(args.arch, layout, steps, 1 if many else args.repetitions, device))
             print(f"\n{args.arch}, {steps} steps, {layout}")
             print(
                 tables[-1].drop(columns=["arch", "layout", "steps", "to"]).round(4).to_string(index=False), flush=True

@@ -41,8 +41,8 @@ def machine(device):
 def repeat(contenders, repetitions, device, seed=0, warm=False):
     """Seconds of each contender, {name: function}, in each repetition: a table (repetition, name, seconds).
 
-    Each runs once before, unmeasured, unless it is warm already. Then in every repetition all of them run, in an order drawn anew, so what slows
-    the machine down for a while meets all alike.
+    Each runs once before, unmeasured, unless it is warm already. Then in every repetition all of them run, in an order
+    drawn anew, so what slows the machine down for a while meets all alike.
     """
     draw, rows = np.random.default_rng(seed), []
     for repetition in range(0 if warm else -1, repetitions):
@@ -129,11 +129,11 @@ def peak_growth(make, *arguments):
     return results.get()
 
 
-def start(argparser):
+def start(argparser, repetitions):
     """The options that both scripts have, read; threads set; (arguments, device, folder for the results)."""
     argparser.add_argument("--device", default="cpu", help="auto, cpu, cuda, ... (default: cpu)")
     argparser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    argparser.add_argument("--repetitions", type=int, default=15)
+    argparser.add_argument("--repetitions", type=int, default=repetitions, help=f"default: {repetitions}")
     argparser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="where the tables go")
     args = argparser.parse_args()
     if args.repetitions < 1 or args.threads < 0:

@@ -93,6 +93,8 @@ def test_the_numbers_of_the_short_answer(readme, numbers):
         f"spoils it (average precision {mean('times_other', 'average_precision')})",
         f"even higher average precision ({mean('times_sobel', 'average_precision')})",
         f"at less energy ({mean('times_sobel', 'energy')})",
+        f"mean activation is not shown to differ in it ({mean('times_activation', 'average_precision')})",
+        f"LayerCAM at `layer1` alone reaches it ({mean('layer_cam_shallow', 'deletion', 'twin', 4)})",
         f"shrinks from {n.gain('hybrid', 'energy')} to {n.gain('hybrid_coarse', 'energy')}",
         f"({n.area('≤ 1 cell', 'average_precision', 3)} to {n.area('> 10%', 'average_precision', 3)})",
         f"from {n.area('≤ 1 cell', 'deletion', 4)} below one cell",
@@ -142,7 +144,8 @@ def test_the_words_of_the_short_answer(repo):
     for factor in ("layer_cam_shallow", "grad_cam_coarse", "times_other"):
         assert said[factor, "energy"] == said[factor, "average_precision"] == "better"
     assert said["times_sobel", "average_precision"] == "worse" and said["times_sobel", "energy"] == "better"
-    assert said["grad_cam_coarse", "deletion_blocks"] != "worse"
+    assert said["layer_cam_shallow", "deletion"] == said["grad_cam_coarse", "deletion_blocks"] == "no difference"
+    assert said["times_activation", "average_precision"] == "no difference"
     table = pd.read_csv(folder / "summary.csv")
     other = table[(table.network == "squeezenet1_1") & table.primary].to_dict("records")
     assert [cc.judgement(row, "p_holm") for row in other] == ["worse"] * 4
@@ -174,3 +177,64 @@ def test_a_cam_of_ones_own_is_in_every_map_table(monkeypatch):
     shot = cc.capture(model, x, list(layers.values()))
     maps = cc.method_maps(shot, x, layers, alpha=0.5, rule="product", ids=["a"], seed=0)
     assert maps["my_cam"].shape == (1, 64, 64) and cc.label("my_cam") == "my_cam"
+
+
+def speed_rows(folder):
+    """README's table of times and memory, line by line, from what benchmarks/cam.py wrote: channels-last, batch 16."""
+    times = pd.read_csv(folder / "cam.csv").query("layout == 'channels_last' and batch == 16")
+    times = times.set_index(["name", "arch", "depth"])
+    held = pd.read_csv(folder / "cam_memory.csv").set_index(["name", "arch", "depth"])["held_mib"]
+    where = [(arch, depth) for arch in ("resnet18", "resnet50") for depth in ("layer4", "layer2 + layer4")]
+    for name in times.index.unique("name"):
+        cells = []
+        for arch, depth in where:
+            row = times.loc[(name, arch, depth)]
+            interval = "" if name.startswith("bare") else f" [{row.low:.2f}, {row.high:.2f}]"
+            cells.append(f"{row.ratio:.2f}{interval}")
+        yield f"| {name} | {' | '.join(cells)} | {held[(name, 'resnet50', 'layer4')]:.0f} |"
+
+
+def scoring_rows(folder):
+    """README's table of insertion and deletion, from what benchmarks/faithfulness.py wrote: channels-last."""
+    table = pd.read_csv(folder / "faithfulness.csv").query("layout == 'channels_last'")
+    for name, part in table.groupby("name", sort=False):
+        part = part.set_index("steps")
+        cells = [f"{part.per_s[s]:.0f} | {part.rate_to_bare[s]:.2f} | {part.ratio[s]:.2f}" for s in (28, 224)]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def test_the_tables_of_speed_are_those_of_the_benchmarks(readme, repo):
+    folder = repo / "results" / "reference" / "benchmarks"
+    rows = [*speed_rows(folder), *scoring_rows(folder)]
+    assert len(rows) == 13 and [row for row in rows if row not in readme] == []
+
+
+def test_the_words_about_speed(readme, repo):
+    """Each number of the paragraph on speed, and the limits it claims, from the benchmarks' tables."""
+    folder, prose = repo / "results" / "reference" / "benchmarks", " ".join(readme.split())
+    times = pd.read_csv(folder / "cam.csv").query("layout == 'channels_last'")
+    to_ours = times[times.depth == "layer4"].set_index(["name", "arch", "batch"])
+    peers = [(name, "resnet50", 16) for name in ("pytorch-grad-cam: both maps at 224 px", "TorchCAM: both maps")]
+    first, second = (to_ours.loc[key] for key in peers)
+    slider = pd.read_csv(folder / "cam_start.csv").set_index("name")
+    bf16 = pd.read_csv(folder / "faithfulness_bf16.csv").set_index("name")
+    single = times[(times["name"] == "ours: both maps") & (times.arch == "resnet18") & (times.batch == 1)]
+    one, two = (single.set_index("depth").loc[depth] for depth in ("layer4", "layer2 + layer4"))
+    phrases = [
+        f"{first.to_ours:.1f} times as long as here [{first.to_ours_low:.1f}, {first.to_ours_high:.1f}]",
+        f"TorchCAM's {second.to_ours:.1f} times [{second.to_ours_low:.1f}, {second.to_ours_high:.1f}]",
+        f"cost {one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}] of a bare pass, and {two.ratio:.2f} "
+        f"[{two.low:.2f}, {two.high:.2f}] across layers",
+        f"redraws in {slider.ms['slider']:.0f} ms",
+        f"importing `cam_core` takes {slider.ratio['cam_core']:.2f} times",
+        f"{bf16.ratio['float32']:.2f} times as fast",
+        f"mean absolute error of {bf16.mean_error['bf16']:.4f} in the areas (n = {bf16.curves['bf16']:.0f} curves, "
+        f"largest {bf16.largest_error['bf16']:.4f})",
+    ]
+    assert [phrase for phrase in phrases if phrase not in prose] == []
+    grown = pd.read_csv(folder / "growth.csv")
+    images, steps = (grown[grown.varied == v] for v in ("images", "steps"))
+    for part, count in ((images, "images"), (steps, "steps")):
+        each = part.seconds / part[count]
+        assert part[count].max() / part[count].min() == 64 and each.max() / each.min() < 2.5, "grows in proportion"
+    assert images.peak_mib.max() < 1.25 * images.peak_mib.min(), "memory does not grow with the images"
