@@ -351,7 +351,8 @@ def costs(folder, manifest):
         names = {"seconds": "seconds per image", "ratio": "in forward passes"}
         tables.append(plain_table(cost.drop(columns=["device", "batch"], errors="ignore"), caption, ".4f", names))
     if steps is not None:
-        tables.append(plain_table(steps, "The techniques of notebook 02, at another time of the run, on the number of images given.", ".4f"))
+        about = "The techniques of notebook 02, at another time of the run, on the number of images given."
+        tables.append(plain_table(steps, about, ".4f"))
     spent = [[word(stem), number(entry["seconds"], ".1f")] for stem, entry in manifest.get("notebooks", {}).items()]
     if spent:
         tables.append(dict(caption="Wall-clock time of each notebook.", columns=["notebook", "seconds"], rows=spent))
@@ -520,8 +521,8 @@ def figures(folder, n, located):
         parts["pairs"] = plain_table(joined(share), caption)
     means = read_table(folder, "tables/05_means.csv")
     if means is not None:
-        caption = f"All metrics as means, {many}; further baselines and RISE, where measured, on at most n_extra images. "
-        caption += "Intervals: summary.csv."
+        caption = f"All metrics as means, {many}; further baselines and RISE, where measured, on at most n_extra "
+        caption += "images. Intervals: summary.csv."
         parts["means"] = plain_table(means, caption)
     return parts
 
