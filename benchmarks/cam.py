@@ -224,13 +224,12 @@ def draw(table, file, device):
         ax.barh(part["name"], part["ratio"], color=colours)
         ax.errorbar(part["ratio"], range(len(part)), xerr=[part["ratio"] - part["low"], part["high"] - part["ratio"]],
                     fmt="none", ecolor="black", linewidth=1)  # fmt: skip
-        for y, ratio in enumerate(part["ratio"]):
-            ax.text(ratio, y, f"  {ratio:.2f}", va="center", fontsize=8)
+        for y, (ratio, high) in enumerate(zip(part["ratio"], part["high"].fillna(part["ratio"]), strict=True)):
+            ax.text(high, y, f"  {ratio:.2f}", va="center", fontsize=8)
         ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        ax.set(title=f"{arch}, {depth}", xlabel="time, bare forward pass = 1", xlim=(0, 1.15 * shown["ratio"].max()))
+        ax.set(title=f"{arch}, {depth}", xlabel="time, bare forward pass = 1", xlim=(0, 1.2 * shown["high"].max()))
         ax.invert_yaxis() if ax is np.atleast_1d(axes)[0] else None
     fig.suptitle(f"Time of an explanation, batch of {shown['batch'].max()} images, {device.type}, channels-last layout")
-    fig.tight_layout()
     fig.savefig(file, dpi=150)
     print(f"-> {file}")
 

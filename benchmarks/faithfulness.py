@@ -194,7 +194,6 @@ def draw(table, grown, file):
     axes[2].set_title("memory does not grow")
     axes[2].set_ylim(0, 1.3 * grown["peak_mib"].max() if grown["peak_mib"].notna().all() else None)
     axes[1].legend(frameon=False)
-    fig.tight_layout()
     fig.savefig(file, dpi=150)
     print(f"-> {file}")
 
