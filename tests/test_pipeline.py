@@ -84,7 +84,9 @@ save("summary.csv", f"metric,method,n,mean,chosen,run\\nenergy,grad_cam,{n_image
 def start(root, *words, cwd=None, **environment):
     command = [sys.executable, str(root / "pipeline.py"), *map(str, words)]
     return subprocess.Popen(command, cwd=cwd or root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True, env={**os.environ, **environment})  # fmt: skip
+                            start_new_session=True, env={**os.environ, **environment},
+                            # Ctrl-C is ignored by what a script starts in the background, and by all that this starts
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
 def run(root, *words, **more):
