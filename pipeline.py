@@ -118,6 +118,8 @@ def prepare_kernels(folder, run):
     write_kernel_spec(folder / "kernels/python3", {"argv": shell + command})
     for name in [name for name in os.environ if name.startswith(("MPLB", "MATPLOTLIBRC"))]:
         del os.environ[name]
+    # glibc keeps large freed blocks instead of asking for new pages at every layer: measured, a fifth faster on a CPU
+    os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**31 - 1))
     os.environ.update(HYBRID_CAM_RUN=run, PYTHONHASHSEED="0", JUPYTER_PATH=str(folder), IPYTHONDIR=f"{folder}/ipython")
 
 

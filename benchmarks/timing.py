@@ -129,6 +129,14 @@ def peak_growth(make, *arguments):
     return results.get()
 
 
+def keep_freed_memory():
+    """Let the C library keep large freed blocks for the next ones, as the runner does for its notebooks. Otherwise it
+    hands them back, or not, as a process happens to have allocated before, and each new page costs all codes alike."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # glibc has it
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def start(argparser, repetitions):
     """The options that both scripts have, read; threads set; (arguments, device, folder for the results)."""
     argparser.add_argument("--device", default="cpu", help="auto, cpu, cuda, ... (default: cpu)")
@@ -140,6 +148,7 @@ def start(argparser, repetitions):
         argparser.error("--repetitions must be 1 or more, --threads 0 or more.")
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     device = cc.pick_device(args.device)
     plt.switch_backend("agg")  # figures go to files; there is no window
     plt.style.use(["default", cc.HOME / "cam_core.mplstyle"])
