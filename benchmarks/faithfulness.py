@@ -206,6 +206,7 @@ def main():
         "--growth", default="squeezenet1_1", help="the network of the growth figure; empty: leave it out"
     )
     args, device = timing.start(parser, 3)
+    timing.keep_freed_memory()
     tables = []
     for steps in map(int, args.steps.split(",")):
         many = steps >= 100  # they take minutes: once, in the faster layout alone

@@ -131,7 +131,8 @@ def peak_growth(make, *arguments):
 
 def keep_freed_memory():
     """Let the C library keep large freed blocks for the next ones, as the runner does for its notebooks. Otherwise it
-    hands them back, or not, as a process happens to have allocated before, and each new page costs all codes alike."""
+    hands them back, or not, as a process happens to have allocated before, and new pages cost all codes a fifth of their
+    time, or now one and now the other."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # glibc has it
     mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -148,7 +149,6 @@ def start(argparser, repetitions):
         argparser.error("--repetitions must be 1 or more, --threads 0 or more.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    keep_freed_memory()
     device = cc.pick_device(args.device)
     plt.switch_backend("agg")  # figures go to files; there is no window
     plt.style.use(["default", cc.HOME / "cam_core.mplstyle"])
