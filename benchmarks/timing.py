@@ -131,8 +131,8 @@ def peak_growth(make, *arguments):
 
 def keep_freed_memory():
     """Let the C library keep large freed blocks for the next ones, as the runner does for its notebooks. Otherwise it
-    hands them back, or not, as a process happens to have allocated before, and new pages cost all codes a fifth of their
-    time, or now one and now the other."""
+    hands them back, or not, as a process happens to have allocated before, and new pages cost a fifth of the time, of
+    one code or of another."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # glibc has it
     mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
