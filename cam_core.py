@@ -280,8 +280,9 @@ def _forward(model: nn.Module, x: Tensor):
         return model(x)
     except (RuntimeError, AssertionError) as error:
         raised_in = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)][-1]
-        ours = type(error) in (RuntimeError, NotImplementedError, AssertionError)  # not: out of memory, device errors
-        if not ours or raised_in.split(".")[0] not in ("torch", "torchvision"):
+        # exactly these: running out of memory and a device's failure are kinds of RuntimeError too, and not x's fault
+        about_x = type(error) in (RuntimeError, NotImplementedError, AssertionError)
+        if not about_x or raised_in.split(".")[0] not in ("torch", "torchvision"):
             raise
         weights = next((f", its weights are {p.dtype}" for p in model.parameters()), "")
         raise ValueError(

@@ -6,8 +6,8 @@ and --from the results of the other notebooks are kept, except of those that rea
 others, 04 feeds 05. manifest.json tells the run and the parameters behind each notebook's results. Files that you name
 are looked for where you stand, then in the repository; a relative results folder lies in the repository. With --check
 the results in place are compared (see check.py) with results/reference/NAME, NAME being that of the parameter file of
--f, or else "default". Exit codes: 0 done, 1 a notebook failed or --check found a difference, 2 refused before the first
-notebook started, 130 or 143 stopped by a signal."""
+-f, or else "default". Exit codes: 0 done, 1 a notebook failed, a file could not be written or --check found a
+difference, 2 refused before the first notebook started, 130 or 143 stopped by a signal."""
 import argparse
 import csv
 import ctypes

@@ -191,7 +191,7 @@ def draw(table, grown, file):
                     label=f"{varied}, from {least[varied]} to {part[varied].iloc[-1]}")  # fmt: skip
         ax.set(xscale="log", xlabel="times as many", ylabel=label)
     axes[1].set(yscale="log", title=f"{grown['arch'].iloc[0]}: time grows in proportion")
-    axes[2].set_title("memory does not grow")
+    axes[2].set_title("memory hardly grows")
     axes[2].set_ylim(0, 1.3 * grown["peak_mib"].max() if grown["peak_mib"].notna().all() else None)
     axes[1].legend(frameon=False)
     fig.savefig(file, dpi=150)
