@@ -1,97 +1,84 @@
-"""Grad-CAM, LayerCAM and their fusion for PyTorch image classifiers, and how such explanations are judged.
+"""Grad-CAM, LayerCAM and their fusion for PyTorch image classifiers, and how such maps are judged.
 
-One idea carries this module: a class activation map (CAM) is a pure function of activations and gradients. `capture` is
-the only place that touches a network; everything behind it is small batched tensor code. Read it from top to bottom:
+One idea carries this module: a class activation map (CAM) is a pure function of activations and
+gradients. `capture` is the only place that touches a network. Everything behind it is small batched
+tensor code. Read it from top to bottom:
 
-    1  capture           one forward pass and a part of the backward pass -> logits, activations, gradients
-    2  CAMs              grad_cam, layer_cam and relatives: (A, G) -> (B, h, w); gradients of the pixels
-    3  fusion            normalise, enlarge, hybrid, fuse_layers
-    4  layers            layer_shapes, stages, default_layers: where a network can be asked
-    5  explain           one image in one call, and its pictures
-    6  method_maps       every method of the study, and its controls, from one capture
-    7  faithfulness      insertion and deletion curves, AUC, change of confidence; RISE for comparison
-    8  localisation      pointing game, energy in the mask, average precision, IoU of masks and boxes
-    9  sanity            similarity of maps, a network randomised layer by layer
-    10 statistics        paired differences with intervals
-    11 runs and figures  seeds, output folders, one visual language
+    1  capture        one forward and a partial backward pass -> logits, activations, gradients
+    2  CAMs           grad_cam, layer_cam and relatives: (A, G) -> (B, h, w)
+    3  pixel methods  gradients down to the image, for comparison
+    4  fusion         normalise, enlarge, hybrid, fuse_layers
+    5  layers         where a network can be asked: layer_shapes, stages, default_layers
+    6  explain        one image in one call
+    7  method_maps    every method of the study, and its controls, from one capture
+    8  faithfulness   insertion and deletion, change of confidence; RISE for comparison
+    9  localisation   pointing game, energy, average precision, IoU of masks and boxes
+    10 sanity         how alike maps are; a network randomised layer by layer
+    11 choosing       what notebook 04 does: the sweep over layers, rules and weights
+    12 study          what notebook 05 does: from a run to tables, in groups that are cached
 
-What comes from outside, networks, images and data sets, is read by `cam_inputs`, whose functions are here too.
+What a study stands on lies in the rooms of `lab`: networks, datasets, drawing, training, figures,
+settings, runs, statistics, and sentences about results. Notebooks reach them from here, as in
+`cc.datasets.read`.
 
-Notation: B images, C channels, h x w the size of a captured map, H x W the size of the input, K classes. Maps are
-(B, height, width) float32 tensors, non-negative; "normalised" means divided by their maximum, so in [0, 1].
+Notation: B images, C channels, h x w the size of a captured map, H x W the size of the input, K
+classes. Maps are (B, height, width) float32 tensors, non-negative. "Normalised" means divided by
+their maximum, so in [0, 1].
 """
 
 from __future__ import annotations
 
-import ast
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import math
 import operator
-import os
 import re
-import sys
-import textwrap
 import time
 import traceback
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
-from types import CodeType
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from cam_inputs import (  # noqa: F401  (notebooks and users take all of it from here)
-    DATASETS,
-    HOME,
-    MEAN,
-    STD,
-    arch_name,
-    class_indices,
-    dataset_folder,
-    imagenet_classes,
-    load_batch,
-    load_boxes,
-    load_masks,
-    load_model,
-    nearest,
-    pick_device,
-    preprocess,
-    read_dataset,
-    read_image,
-    readable,
-    resolve_weights,
-    safe_name,
-    sha256,
-    split_readable,
-    split_rows,
-    subset,
-    torchvision,
-    trained_folder,
-    words,
+from lab import HOME, RUN_ID, nearest, sha256, words
+from lab import (
+    datasets as datasets,  # the rooms below, which notebooks reach as cc.datasets and so on
 )
+from lab import drawing as drawing
+from lab import figures as figures
+from lab import networks as networks
+from lab import runs as runs
+from lab import sentences as sentences
+from lab import settings as settings
+from lab import statistics as statistics
+from lab import training as training
+from lab.networks import MEAN, STD
 
-# ------------------------------------------------------------------------------------------------------------ 1 capture
+# ---------------------------------------------------------------------------------------- 1 capture
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What one forward and one partial backward pass leave behind. All tensors are detached; B is the batch size.
+    """What one forward and one partial backward pass leave behind. All tensors are detached; B is
+    the batch size.
 
-    logits: (B, K). target: (B,) class indices. activations[layer], gradients[layer]: (B, C, h, w), in order of
-    execution; gradients[layer][b] = d logits[b, target[b]] / d activations[layer][b].
+    logits: (B, K). target: (B,) class indices. activations[layer], gradients[layer]: (B, C, h, w),
+    in order of execution; gradients[layer][b] = d logits[b, target[b]] / d activations[layer][b].
     """
 
     logits: Tensor
@@ -101,100 +88,163 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, x: Tensor, layers: str | Sequence[str], target: int | Sequence[int] | Tensor | None = None
+    model: nn.Module,
+    x: Tensor,
+    layers: str | Sequence[str],
+    target: int | Sequence[int] | Tensor | None = None,
 ) -> Capture:
-    """Activations A_l and gradients G_l = d y_t / d A_l of the target logit y_t, for any number of layers, in one pass.
+    """Activations A_l and gradients G_l = d y_t / d A_l of the target logit y_t, for any number of
+    layers, in one pass.
 
-    model: a classifier whose output is (B, K) logits, or an object with `.logits`. x: (B, C, H, W), as the model
-    expects it. layers: dotted module names (`"layer4"`, `"features.29"`), or one of them. target: a class index for all
-    images, one per image, or None for the predicted class of each.
+    model: a classifier whose output is (B, K) logits, or an object with `.logits`. x: (B, C, H, W),
+    as the model expects it. layers: dotted module names (`"layer4"`, `"features.29"`), or one of
+    them. target: a class index for all images, one per image, or None for the predicted class of
+    each.
 
-    The model runs in eval mode with its parameters frozen; the output of the first captured layer becomes the leaf of
-    the graph, so nothing in front of it is recorded, and every captured layer hands on a clone, so in-place operations
-    behind it cannot alter what was captured. Afterwards, exceptions included, the model is as it was: hooks, modes,
-    buffers, `requires_grad`, `.grad`. `DataParallel` and `torch.compile` wrappers are unwrapped with a warning. Works
-    under `torch.no_grad` and `torch.inference_mode`. Outputs with channels last, (B, h, w, C) as in Swin, and tokens,
-    (B, n, C) as in ViT, are handed back as (B, C, h, w) too; tokens in front of the patches (class, registers) are left
-    out.
+    The model runs in eval mode with its parameters frozen; the output of the first captured layer
+    becomes the leaf of the graph, so nothing in front of it is recorded, and every captured layer
+    hands on a clone, so in-place operations behind it cannot alter what was captured. Afterwards,
+    exceptions included, the model is as it was: hooks, modes, buffers, `requires_grad`, `.grad`.
+    `DataParallel` and `torch.compile` wrappers are unwrapped with a warning. Works under
+    `torch.no_grad` and `torch.inference_mode`. Outputs with channels last, (B, h, w, C) as in Swin,
+    and tokens, (B, n, C) as in ViT, are handed back as (B, C, h, w) too; tokens in front of the
+    patches (class, registers) are left out.
 
-    Raises ValueError for an unknown layer (names the nearest and all there are), one that runs twice or never, one
-    without a spatial output with h*w > 1, one that the target logit does not depend on, a target out of range, an x
-    that does not fit the model, and NaN or infinity in the logits, activations or gradients.
+    Raises ValueError for an unknown layer (names the nearest and all there are), one that runs
+    twice or never, one without a spatial output with h*w > 1, one that the target logit does not
+    depend on, a target out of range, an x that does not fit the model, and NaN or infinity in the
+    logits, activations or gradients.
     """
     model = _unwrap(model)
-    names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list | tuple) else [layers]
+    names = _check_request(model, x, layers)
+    outputs: dict[str, Tensor] = {}
+    with _borrowed(model, {name: _keep(name, x, outputs) for name in names}):
+        logits = _logits(
+            _forward(model, x.detach().clone()), x
+        )  # a copy: a first layer may work in place
+        target = _targets(target, logits)
+        # images do not mix in eval mode, so one backward pass of the sum serves the whole batch
+        score = logits.gather(1, target[:, None]).sum()
+        gradients = _gradients(score, names, outputs)
+    _check_captured(model, x, logits, outputs, gradients)
+    activations = {name: _maps(output.detach(), x) for name, output in outputs.items()}
+    gradients = {name: _maps(gradients[name].detach(), x) for name in outputs}
+    return Capture(logits.detach(), target, activations, gradients)
+
+
+def _check_request(model: nn.Module, x: Tensor, layers: str | Sequence[str]) -> list[str]:
+    """What can be refused before the pass: x, and layers that are no names of modules. Returns the
+    names, once each.
+    """
+    names = list(layers) if isinstance(layers, list | tuple) else [layers]
     if not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"layers={layers!r} must be dotted module names, such as 'layer4', not modules or other objects."
+            f"layers={layers!r} must be dotted module names, such as 'layer4', not modules or "
+            "other "
+            "objects."
         )
-    names = list(dict.fromkeys(names))
-    modules = dict(model.named_modules())
     _check_input(model, x)
     if not names:
         raise ValueError("layers is empty: give at least one dotted module name, such as 'layer4'.")
+    modules = dict(model.named_modules())
     for name in names:
         if name not in modules or not name:
-            there = {n: " × ".join(map(str, shape)) for n, shape in layer_shapes(model, x).items()}
-            raise ValueError(f"layer={name!r} is not in this {type(model).__name__}. {nearest(name, there)}")
+            shapes = layer_shapes(model, x)
+            known = {n: " × ".join(map(str, shape)) for n, shape in shapes.items()}
+            raise ValueError(
+                f"layer={name!r} is not in this {type(model).__name__}. {nearest(name, known)}"
+            )
         if isinstance(modules[name], torch.jit.ScriptModule):
-            raise ValueError(f"layer={name!r} is a scripted module, which takes no hooks. Give the unscripted model.")
-
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if name in outputs:
-                raise ValueError(
-                    f"layer={name!r} runs more than once in a pass, so its map is ambiguous. Choose one that runs once."
-                )
-            if _maps(output, x) is None:
-                seen = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
-                    f"layer={name!r} has no spatial output: got {seen}, need floats (B, C, h, w), h*w > 1. Try an "
-                    "earlier one."
-                )
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return outputs[name].clone()
-
-        return hook
-
-    with _borrowed(model, {name: keep(name) for name in names}):
-        logits = _logits(_forward(model, x.detach().clone()), x)  # a copy, as a first layer may work in place
-        for name in names:
-            if name not in outputs:
-                raise ValueError(
-                    f"layer={name!r} did not run in this forward pass. Choose a layer that the model uses."
-                )
-        chosen = _targets(target, logits)
-        score = logits.gather(1, chosen[:, None]).sum()  # images do not mix in eval mode: one backward serves the batch
-        if not score.requires_grad:
-            raise ValueError(f"The logits do not depend on layer={names}. Choose a layer on the way to the logits.")
-        gradients = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
-    parts = {f"activations of layer={n!r}": a for n, a in outputs.items()}
-    parts |= {f"gradients of layer={n!r}": g for n, g in zip(outputs, gradients, strict=True) if g is not None}
-    _check_finite(x, {"logits": logits, **parts})
-    found = {}
-    for (name, output), gradient in zip(outputs.items(), gradients, strict=True):
-        if gradient is None:
             raise ValueError(
-                f"The target logit does not depend on layer={name!r}. Choose a layer on the way to the logits."
+                f"layer={name!r} is a scripted module, which takes no hooks. Give the unscripted "
+                "model."
             )
-        found[name] = tuple(_maps(t.detach(), x) for t in (output, gradient))
-        if output.ndim == 3 and not found[name][1].any():
+    return list(dict.fromkeys(names))
+
+
+def _keep(name: str, x: Tensor, outputs: dict[str, Tensor]) -> Callable:
+    """A forward hook that puts the layer's output into `outputs`, as the leaf of the graph if it is
+    the first one, and hands on a clone, which later in-place operations may change.
+    """
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if name in outputs:
             raise ValueError(
-                f"layer={name!r}: the logits depend on none of its patches, as behind the last attention of a network "
-                f"that reads its class token alone. Choose an earlier one, such as {default_layers(model, x)[0]!r}."
+                f"layer={name!r} runs more than once in a pass, so its map is ambiguous. Choose "
+                "one "
+                "that runs once."
             )
-    return Capture(
-        logits.detach(), chosen, {n: a for n, (a, _) in found.items()}, {n: g for n, (_, g) in found.items()}
-    )
+        if _maps(output, x) is None:
+            seen = type(output).__name__
+            if isinstance(output, Tensor):
+                seen = f"{tuple(output.shape)} {output.dtype}"
+            raise ValueError(
+                f"layer={name!r} has no spatial output: got {seen}, need floats (B, C, h, w), h*w "
+                "> 1. "
+                "Try an earlier one."
+            )
+        outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+        return outputs[name].clone()
+
+    return hook
+
+
+def _gradients(
+    score: Tensor, names: Sequence[str], outputs: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """d score / d output of each layer; None where the score does not depend on it."""
+    for name in names:
+        if name not in outputs:
+            raise ValueError(
+                f"layer={name!r} did not run in this forward pass. Choose a layer that the model "
+                "uses."
+            )
+    if not score.requires_grad:
+        raise ValueError(
+            f"The logits do not depend on layer={list(names)}. Choose a layer on the way to the "
+            "logits."
+        )
+    found = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
+    return dict(zip(outputs, found, strict=True))
+
+
+def _check_captured(
+    model: nn.Module,
+    x: Tensor,
+    logits: Tensor,
+    outputs: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
+) -> None:
+    """What can be refused only after the pass: numbers that are not finite, and layers that do not
+    count.
+    """
+    tensors = {"logits": logits}
+    tensors |= {f"activations of layer={name!r}": output for name, output in outputs.items()}
+    tensors |= {f"gradients of layer={n!r}": g for n, g in gradients.items() if g is not None}
+    _check_finite(x, tensors)
+    for name, output in outputs.items():
+        if gradients[name] is None:
+            raise ValueError(
+                f"The target logit does not depend on layer={name!r}. Choose a layer on the way to "
+                "the "
+                "logits."
+            )
+        if output.ndim == 3 and not _maps(gradients[name], x).any():
+            raise ValueError(
+                f"layer={name!r}: the logits depend on none of its patches, as behind the last "
+                "attention "
+                "of a network that reads its class token alone. Choose an earlier one, such as "
+                f"{default_layers(model, x)[0]!r}."
+            )
 
 
 def _maps(output, x: Tensor) -> Tensor | None:
-    """A module's output for the input x as maps (B, C, h, w), h*w > 1; None where it has no positions.
+    """A module's output for the input x as maps (B, C, h, w), h*w > 1; None where it has no
+    positions.
 
-    Four dimensions are (B, C, h, w), or (B, h, w, C) if only then h : w is as in the input. Three are tokens (B, n, C):
-    n = h*w patches, in rows as in the input, and up to eight more in front of them.
+    Four dimensions are (B, C, h, w), or (B, h, w, C) if only then h : w is as in the input. Three
+    are tokens (B, n, C): n = h*w patches, in rows as in the input, and up to eight more in front of
+    them.
     """
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != len(x):
         return None
@@ -232,11 +282,16 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _borrowed(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
-    """The model in eval mode, frozen, with forward hooks by layer name and autograd on; afterwards as it was, whatever
-    happened.
+    """The model in eval mode, frozen, with forward hooks by layer name and autograd on; afterwards
+    as it was, whatever happened.
     """
     modules = dict(model.named_modules())
-    trainable = [p for m in modules.values() for p in m._parameters.values() if p is not None and p.requires_grad]
+    trainable = [
+        p
+        for m in modules.values()
+        for p in m._parameters.values()
+        if p is not None and p.requires_grad
+    ]
     handles = []
     try:
         for p in trainable:
@@ -262,7 +317,9 @@ def _unwrap(model: nn.Module) -> nn.Module:
         else:
             return model
         warnings.warn(
-            f"{type(model).__name__} is unwrapped: the plain module inside is explained, on one device.", stacklevel=3
+            f"{type(model).__name__} is unwrapped: the plain module inside is explained, on one "
+            "device.",
+            stacklevel=3,
         )
         model = inner
 
@@ -273,20 +330,24 @@ def _check_model(model) -> None:
 
 
 def _forward(model: nn.Module, x: Tensor):
-    """model(x). What torch says there against its shape or type becomes a ValueError that names x; what a model raises
-    itself is handed on.
+    """model(x). What torch says there against its shape or type becomes a ValueError that names x;
+    what a model raises itself is handed on.
     """
     try:
         return model(x)
     except (RuntimeError, AssertionError) as error:
-        raised_in = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)][-1]
-        # exactly these: running out of memory and a device's failure are kinds of RuntimeError too, and not x's fault
+        raised_in = [
+            f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)
+        ][-1]
+        # exactly these: running out of memory and a device's failure are kinds of RuntimeError too,
+        # and not x's fault
         about_x = type(error) in (RuntimeError, NotImplementedError, AssertionError)
         if not about_x or raised_in.split(".")[0] not in ("torch", "torchvision"):
             raise
         weights = next((f", its weights are {p.dtype}" for p in model.parameters()), "")
         raise ValueError(
-            f"x={x.dtype} {tuple(x.shape)} does not fit this {type(model).__name__}{weights}: {error} "
+            f"x={x.dtype} {tuple(x.shape)} does not fit this {type(model).__name__}{weights}: "
+            f"{error} "
             "Give x the type, channels and size that the model expects."
         ) from error
 
@@ -295,9 +356,14 @@ def _logits(output, x: Tensor) -> Tensor:
     output = getattr(output, "logits", output)
     right = isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 2
     if not right or len(output) != len(x) or not output.shape[1]:
-        got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        got = (
+            f"{output.dtype} {tuple(output.shape)}"
+            if isinstance(output, Tensor)
+            else type(output).__name__
+        )
         raise ValueError(
-            f"The model's output must be logits of shape (B, K), floats, here ({len(x)}, K); got {got}. Wrap the model "
+            f"The model's output must be logits of shape (B, K), floats, here ({len(x)}, K); got "
+            f"{got}. Wrap the model "
             "so that it returns them."
         )
     return output
@@ -306,10 +372,13 @@ def _logits(output, x: Tensor) -> Tensor:
 def _check_finite(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
     """Refuse NaN and infinity in what a network made of x: {what it is: tensor (B, ...)}.
 
-    A sum is finite only if all that it adds up is: one pass, no copy. Only if it is not, and large values may have made
-    it so, each value is looked at.
+    A sum is finite only if all that it adds up is: one pass, no copy. Only if it is not, and large
+    values may have made it so, each value is looked at.
     """
-    sums = [t.detach().sum(dtype=torch.float32 if t.dtype == torch.float16 else None) for t in tensors.values()]
+    sums = [
+        t.detach().sum(dtype=torch.float32 if t.dtype == torch.float16 else None)
+        for t in tensors.values()
+    ]
     if bool(torch.stack([s.float().to(x.device) for s in sums]).isfinite().all()):
         return
     for what, t in tensors.items():
@@ -318,7 +387,8 @@ def _check_finite(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
             source = "x is finite" if bool(x.isfinite().all()) else "x contains them too"
             hidden = "" if what == "logits" else " The logits show nothing of it."
             raise ValueError(
-                f"The model's {what} contain NaN or infinity in images {wrong[:5]} of x ({source}); all must be "
+                f"The model's {what} contain NaN or infinity in images {wrong[:5]} of x "
+                f"({source}); all must be "
                 f"finite. Check the input's scaling and the weights.{hidden}"
             )
 
@@ -335,44 +405,64 @@ def _targets(target, logits: Tensor) -> Tensor:
     whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
     if not whole or chosen.ndim > 1 or chosen.layout != torch.strided:
         raise ValueError(
-            f"target={target!r} must be a class index, one index per image, or None for the predicted class."
+            f"target={target!r} must be a class index, one index per image, or None for the "
+            "predicted class."
         )
     chosen = chosen.long().expand(batch) if chosen.ndim == 0 else chosen.long()
     if len(chosen) != batch:
         raise ValueError(
-            f"target has {len(chosen)} entries for {batch} images: give one class index for all, or one per image."
+            f"target has {len(chosen)} entries for {batch} images: give one class index for all, "
+            "or one per image."
         )
     if bool(((chosen < 0) | (chosen >= classes)).any()):
-        raise ValueError(f"target={target!r} is out of range: the model has {classes} classes, 0 to {classes - 1}.")
+        raise ValueError(
+            f"target={target!r} is out of range: the model has {classes} classes, 0 to "
+            f"{classes - 1}."
+        )
     return chosen
 
 
 def _check_input(model: nn.Module, x: Tensor) -> None:
     dense = isinstance(x, Tensor) and x.layout == torch.strided
     if not dense or x.ndim != 4 or not x.is_floating_point() or not x.numel():
-        got = f"{x.dtype} {tuple(x.shape)}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a float tensor (B, C, H, W), none of them 0; got {got}. See `preprocess`.")
-    tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        got = (
+            f"{x.dtype} {tuple(x.shape)}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+        )
+        raise ValueError(
+            f"x must be a float tensor (B, C, H, W), none of them 0; got {got}. See `preprocess`."
+        )
+    tensors = [
+        t
+        for m in model.modules()
+        for t in (*m._parameters.values(), *m._buffers.values())
+        if t is not None
+    ]
     if tensors and tensors[0].device != x.device:
         raise ValueError(
-            f"x is on {x.device} and the model on {tensors[0].device}: move one of them with `.to(device)`."
+            f"x is on {x.device} and the model on {tensors[0].device}: move one of them with "
+            "`.to(device)`."
         )
     if any(t.is_inference() for t in tensors):
         raise ValueError(
-            "The model was created under torch.inference_mode, so no gradient can pass it. Load it outside."
+            "The model was created under torch.inference_mode, so no gradient can pass it. Load it "
+            "outside."
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- 2 CAMs
-# All take activations A and gradients G, both (B, C, h, w), and return rectified maps (B, h, w) in float32, not yet
-# normalised. Indices: k channel, (i, j) position; sums over what is not on the left.
+# ------------------------------------------------------------------------------------------- 2 CAMs
+
+# All take activations A and gradients G, both (B, C, h, w), and return rectified maps (B, h, w) in
+# float32, not yet normalised. Indices: k channel, (i, j) position; sums over what is not on the
+# left.
 
 
 def _pair(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     for name, t in (("A", A), ("G", G)):
         if not isinstance(t, Tensor) or t.ndim != 4 or t.shape != A.shape or t.is_complex():
             got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"{name} must be a real tensor (B, C, h, w), A and G of one shape; got {got}.")
+            raise ValueError(
+                f"{name} must be a real tensor (B, C, h, w), A and G of one shape; got {got}."
+            )
     return A.float(), G.float()
 
 
@@ -389,18 +479,20 @@ def layer_cam(A: Tensor, G: Tensor) -> Tensor:
 
 
 def hires_cam(A: Tensor, G: Tensor) -> Tensor:
-    """ReLU(sum_k G_k(i, j) A_k(i, j)). Draelos and Carin, 2020 (arXiv 2011.08891), eq. 5; rectified here as the others
-    are.
+    """ReLU(sum_k G_k(i, j) A_k(i, j)). Draelos and Carin, 2020 (arXiv 2011.08891), eq. 5; rectified
+    here as the others are.
     """
     A, G = _pair(A, G)
     return (G * A).sum(1).relu()
 
 
 def grad_cam_pp(A: Tensor, G: Tensor) -> Tensor:
-    """ReLU(sum_k w_k A_k), w_k = sum_ij a_k(i, j) ReLU(G_k(i, j)), a = G^2 / (2 G^2 + S_k G^3), S_k = sum_ij A_k.
+    """ReLU(sum_k w_k A_k), w_k = sum_ij a_k(i, j) ReLU(G_k(i, j)), a = G^2 / (2 G^2 + S_k G^3), S_k
+    = sum_ij A_k.
 
-    Chattopadhyay et al., WACV 2018, eq. 10 and 19 (the target score enters as exp(y), whose higher derivatives are
-    powers of G). Computed as a = 1 / (2 + S_k G), the same where G != 0, without squares of small numbers.
+    Chattopadhyay et al., WACV 2018, eq. 10 and 19 (the target score enters as exp(y), whose higher
+    derivatives are powers of G). Computed as a = 1 / (2 + S_k G), the same where G != 0, without
+    squares of small numbers.
     """
     A, G = _pair(A, G)
     denominator = 2 + A.sum((2, 3), keepdim=True) * G
@@ -409,8 +501,8 @@ def grad_cam_pp(A: Tensor, G: Tensor) -> Tensor:
 
 
 def xgrad_cam(A: Tensor, G: Tensor) -> Tensor:
-    """ReLU(sum_k w_k A_k), w_k = sum_ij G_k A_k / sum_ij A_k. Fu et al., BMVC 2020, eq. 8. A channel that sums to zero
-    gets weight zero.
+    """ReLU(sum_k w_k A_k), w_k = sum_ij G_k A_k / sum_ij A_k. Fu et al., BMVC 2020, eq. 8. A
+    channel that sums to zero gets weight zero.
     """
     A, G = _pair(A, G)
     total, spoken = A.sum((2, 3)), (G * A).sum((2, 3))
@@ -418,8 +510,8 @@ def xgrad_cam(A: Tensor, G: Tensor) -> Tensor:
     return torch.einsum("bk,bkhw->bhw", w, A).relu()
 
 
-# A CAM of your own: write it like one above and add it, `cc.CAMS["my_cam"] = my_cam`; the tables have it, and the
-# figures that show all methods.
+# A CAM of your own: write it like one above and add it, `cc.CAMS["my_cam"] = my_cam`; the tables
+# have it, and the figures that show all methods.
 CAMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grad_cam": grad_cam,
     "layer_cam": layer_cam,
@@ -430,40 +522,54 @@ CAMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def input_gradient(
-    model: nn.Module, x: Tensor, target: int | Sequence[int] | Tensor | None = None, guided: bool = False
+    model: nn.Module,
+    x: Tensor,
+    target: int | Sequence[int] | Tensor | None = None,
+    guided: bool = False,
 ) -> Tensor:
-    """d y_t / d x of the target logit: (B, C, H, W) float32, signed; model, x and target as in `capture`.
+    """d y_t / d x of the target logit: (B, C, H, W) float32, signed; model, x and target as in
+    `capture`.
 
-    The vanilla gradient (Simonyan et al., ICLR workshop 2014) or, guided, guided backpropagation (Springenberg et al.,
-    ICLR workshop 2015), where every ReLU hands back only what is positive of its gradient. A saliency map is
-    `g.abs().amax(1)`. Guided Grad-CAM (Selvaraju et al., ICCV 2017, section 3.2) is `g * cam[:, None]` with the guided
-    gradient and the enlarged Grad-CAM.
+    The vanilla gradient (Simonyan et al., ICLR workshop 2014) or, guided, guided backpropagation
+    (Springenberg et al., ICLR workshop 2015), where every ReLU hands back only what is positive of
+    its gradient. A saliency map is `g.abs().amax(1)`. Guided Grad-CAM (Selvaraju et al., ICCV 2017,
+    section 3.2) is `g * cam[:, None]` with the guided gradient and the enlarged Grad-CAM.
 
-    The rule is applied to the graph of this one pass, wherever a ReLU was called (ReLU6 and clamping from 0 on are
-    ReLUs too), as a module or a function, in place or not; modules are not touched. Raises what `capture` raises, and
-    ValueError where the pass holds a rectifier without such a rule, by name: another activation (GELU, SiLU, ...), a
-    maximum or `where`, a scripted or custom function. A ReLU written as a product, `x * (x > 0)`, is not recognised.
+    The rule is applied to the graph of this one pass, wherever a ReLU was called (ReLU6 and
+    clamping from 0 on are ReLUs too), as a module or a function, in place or not; modules are not
+    touched. Raises what `capture` raises, and ValueError where the pass holds a rectifier without
+    such a rule, by name: another activation (GELU, SiLU, ...), a maximum or `where`, a scripted or
+    custom function. A ReLU written as a product, `x * (x > 0)`, is not recognised.
     """
     model = _unwrap(model)
     _check_input(model, x)
     with _borrowed(model, {}):
         leaf = x.detach().clone().requires_grad_()
-        logits = _logits(_forward(model, leaf.clone()), x)  # a clone, as a first layer may work in place
+        logits = _logits(
+            _forward(model, leaf.clone()), x
+        )  # a clone, as a first layer may work in place
         score = logits.gather(1, _targets(target, logits)[:, None]).sum()
         if guided:
             _guide(score)
-        gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
-    _check_finite(x, {"logits": logits} | ({} if gradient is None else {"gradients of the input": gradient}))
+        gradient = (
+            torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
+        )
+    _check_finite(
+        x, {"logits": logits} | ({} if gradient is None else {"gradients of the input": gradient})
+    )
     if gradient is None:
         raise ValueError("The target logit does not depend on the input.")
     return gradient.detach().float()
 
 
-# What autograd calls rectifiers: those that are a ReLU if their lower end, saved under this name, is 0 ...
+# What autograd calls rectifiers: those that are a ReLU if their lower end, saved under this name,
+# is 0 ...
 RELUS = {"Relu": "", "Hardtanh": "_saved_min_val", "Threshold": "_saved_threshold"}
 RELUS |= {"ClampMin": "_saved_min", "Clamp": "_saved_min"}
 # ... and those for which guided backpropagation has no rule.
-OTHER_RECTIFIERS = set("Gelu Silu Hardswish LeakyRelu Elu Mish Softplus PreluKernel RreluWithNoise Glu".split())
+OTHER_RECTIFIERS = set(
+    "Gelu Silu Hardswish LeakyRelu Elu Mish Softplus PreluKernel RreluWithNoise Glu".split()
+)
 OTHER_RECTIFIERS |= set("Maximum Where DifferentiableGraph".split())
 
 
@@ -478,57 +584,175 @@ def _guide(score: Tensor) -> None:
         todo += [below for below, _ in node.next_functions]
         kind = re.sub(r"Backward\d*$", "", node.name())
         if kind in RELUS and getattr(node, RELUS[kind], 0) == 0:
-            node.register_hook(lambda gradients, _: tuple(g if g is None else g.relu() for g in gradients))
-        elif kind in OTHER_RECTIFIERS or isinstance(node, torch.autograd.function.BackwardCFunction):
+            node.register_hook(
+                lambda gradients, _: tuple(g if g is None else g.relu() for g in gradients)
+            )
+        elif kind in OTHER_RECTIFIERS or isinstance(
+            node, torch.autograd.function.BackwardCFunction
+        ):
             other.add(kind)
     if other:
         raise ValueError(
-            f"guided: guided backpropagation has a rule for ReLU alone; this network uses {', '.join(sorted(other))} "
+            "guided: guided backpropagation has a rule for ReLU alone; this network uses "
+            f"{', '.join(sorted(other))} "
             "too. Use the vanilla gradient, guided=False."
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- 3 fusion
+# ---------------------------------------------------------------------------------- 3 pixel methods
+
+# What goes down to the pixels, where Grad-CAM stops at a layer. Notebook 02 compares them.
+
+
+def integrated_gradients(
+    model: nn.Module,
+    x: Tensor,
+    target: int | Sequence[int] | Tensor | None = None,
+    steps: int = 16,
+    batch_size: int = 8,
+) -> Tensor:
+    """x_i * (integral over a from 0 to 1 of d y_t(a x) / d x_i): (B, C, H, W) float32, signed.
+
+    Sundararajan et al., ICML 2017, eq. 1, along the line from mean grey (zero after normalisation)
+    to the image, as captum computes it with `steps` points. Summed over all pixels it gives y_t(x)
+    - y_t(grey), up to the integral's error. model, x and target as in `capture`; batch_size: points
+    of one forward pass, at least B.
+    """
+    from captum.attr import IntegratedGradients
+
+    model = _unwrap(model)
+    _check_input(model, x)
+    with _borrowed(model, {}):
+        chosen = _targets(target, _logits(_forward(model, x.detach().clone()), x))
+        path = IntegratedGradients(lambda points: _logits(_forward(model, points), points))
+        found = path.attribute(
+            x.detach().clone(),
+            target=chosen,
+            n_steps=steps,
+            internal_batch_size=max(batch_size, len(x)),
+        )
+    return found.detach().float()
+
+
+def pixel_maps(
+    model: nn.Module,
+    x: Tensor,
+    target: int | Sequence[int] | Tensor | None,
+    layer: str,
+    batch_size: int = 8,
+) -> dict[str, Tensor]:
+    """Grad-CAM at a layer and the methods that go down to the pixels: {name: (B, H, W) in [0, 1]}.
+
+    A gradient (`input_gradient`, vanilla and guided) counts with its largest absolute value over
+    the colours; guided Grad-CAM is the guided gradient times the enlarged Grad-CAM; Integrated
+    Gradients are summed over the colours. The two guided methods are left out where the network has
+    other rectifiers than ReLU.
+    """
+    captured = capture(model, x, layer, target)
+    cam = cam_at(captured, grad_cam, layer, tuple(x.shape[2:]))
+    maps = {"Grad-CAM": cam}
+    maps["vanilla gradient"] = input_gradient(model, x, captured.target).abs().amax(1)
+    try:
+        guided = input_gradient(model, x, captured.target, guided=True)
+    except ValueError:  # the one thing that can still be wrong here: a rectifier without a rule
+        pass
+    else:
+        maps["guided backpropagation"] = guided.abs().amax(1)
+        maps["guided Grad-CAM"] = (guided * cam[:, None]).abs().amax(1)
+    attributed = integrated_gradients(model, x, captured.target, batch_size=batch_size)
+    maps["Integrated Gradients"] = attributed.sum(1).abs()
+    return {name: normalise(found) for name, found in maps.items()}
+
+
+def fgsm(
+    model: nn.Module,
+    x: Tensor,
+    target: int | Sequence[int] | Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """clip(pixels - epsilon * sign(d y_t / d x)), pixels in [0, 1]: preprocessed images (B, 3, H,
+    W), like x.
+
+    The fast gradient sign method (Goodfellow et al., ICLR 2015, section 4) on the logit in place of
+    the loss: every value of every pixel moves by epsilon in the direction that lowers the target's
+    logit.
+    """
+    mean = torch.tensor(MEAN, device=x.device).view(1, 3, 1, 1)
+    deviation = torch.tensor(STD, device=x.device).view(1, 3, 1, 1)
+    pixels = x * deviation + mean
+    moved = pixels - epsilon * input_gradient(model, x, target).sign()
+    return (moved.clamp(0, 1) - mean) / deviation
+
+
+# ----------------------------------------------------------------------------------------- 4 fusion
 
 
 def normalise(maps: Tensor) -> Tensor:
-    """m / max(m), per image; (B, h, w) -> (B, h, w) in [0, 1]. A map that is zero everywhere stays zero.
+    """m / max(m), per image; (B, h, w) -> (B, h, w) in [0, 1]. A map that is zero everywhere stays
+    zero.
 
-    Division by the maximum, not min-max: min-max forces a zero into every map, and a zero in one factor kills a
-    product. Raises ValueError for maps that are not (B, h, w), not finite, or negative somewhere.
+    Division by the maximum, not min-max: min-max forces a zero into every map, and a zero in one
+    factor kills a product. Raises ValueError for maps that are not (B, h, w), not finite, or
+    negative somewhere.
     """
-    if not isinstance(maps, Tensor) or maps.is_complex() or maps.layout != torch.strided:
-        got = f"{maps.dtype}, {maps.layout}" if isinstance(maps, Tensor) else type(maps).__name__
-        raise ValueError(f"maps must be a dense tensor of real numbers, of shape (B, h, w); got {got}.")
-    if maps.ndim != 3 or not maps.shape[1] * maps.shape[2]:
-        raise ValueError(f"maps must have shape (B, h, w), h*w > 0; got {tuple(maps.shape)}.")
-    maps = maps.float()
-    low, high = maps.aminmax() if maps.numel() else (maps.new_zeros(()), maps.new_zeros(()))
-    if not (bool(low >= 0) and math.isfinite(high)):  # aminmax hands a NaN on, and NaN >= 0 is false
-        raise ValueError(
-            f"maps must be finite and non-negative; got {float(low)} to {float(high)}. CAMs are rectified first."
-        )
-    peak = maps.amax((1, 2), keepdim=True)
-    return torch.where(peak > 0, maps / peak, torch.zeros_like(maps)).clamp(max=1)
+    return _scaled(_checked(maps))
 
 
 def enlarge(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """Normalised, enlarged to size = (H, W), normalised again; (B, h, w) -> (B, H, W) in [0, 1].
 
-    mode: "bilinear" or "bicubic" (both with `align_corners=False`; what bicubic overshoots below 0 is cut), or
-    "nearest", which shows the layer's cells. Raises ValueError for another mode, and as `normalise` does.
+    mode: "bilinear" or "bicubic" (both with `align_corners=False`; what bicubic overshoots below 0
+    is cut), or "nearest", which shows the layer's cells. Raises ValueError for another mode, and as
+    `normalise` does.
     """
     if mode not in ("nearest", "bilinear", "bicubic"):
         raise ValueError(f"mode={mode!r} must be 'nearest', 'bilinear' or 'bicubic'.")
+    return _enlarged(_checked(maps), _checked_size(size), mode)
+
+
+def _checked(maps: Tensor) -> Tensor:
+    """Maps as they enter from outside, in float32: the one place that looks at their values."""
+    if not isinstance(maps, Tensor) or maps.is_complex() or maps.layout != torch.strided:
+        got = type(maps).__name__
+        if isinstance(maps, Tensor):
+            got = f"{maps.dtype}, {maps.layout}"
+        raise ValueError(
+            f"maps must be a dense tensor of real numbers, of shape (B, h, w); got {got}."
+        )
+    if maps.ndim != 3 or not maps.shape[1] * maps.shape[2]:
+        raise ValueError(f"maps must have shape (B, h, w), h*w > 0; got {tuple(maps.shape)}.")
+    maps = maps.float()
+    if maps.numel():
+        low, high = torch.stack(maps.aminmax()).tolist()  # NaN is handed on, and NaN >= 0 is false
+        if not (low >= 0 and math.isfinite(high)):
+            raise ValueError(
+                f"maps must be finite and non-negative; got {low} to {high}. CAMs are rectified "
+                "first."
+            )
+    return maps
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
     try:
         height, width = map(operator.index, size)
     except (TypeError, ValueError):
-        height = width = 0  # refused here
+        height = width = 0  # refused below
     if height < 1 or width < 1:
         raise ValueError(f"size={size!r} must be (H, W), two whole numbers from 1 on.")
-    settings = {"mode": "nearest-exact"} if mode == "nearest" else {"mode": mode, "align_corners": False}
-    large = F.interpolate(normalise(maps)[:, None], size=(height, width), **settings)[:, 0]
-    return normalise(large.clamp(min=0) if mode == "bicubic" else large)
+    return height, width
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    peak = maps.amax((1, 2), keepdim=True)
+    return torch.where(peak > 0, maps / peak, torch.zeros_like(maps)).clamp(max=1)
+
+
+def _enlarged(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
+    settings = {"mode": mode, "align_corners": False}
+    if mode == "nearest":
+        settings = {"mode": "nearest-exact"}
+    large = F.interpolate(_scaled(maps)[:, None], size=size, **settings)[:, 0]
+    return _scaled(large.clamp(min=0))
 
 
 FLOOR = 0.1  # of the floored product, as a share of each map's maximum
@@ -560,20 +784,24 @@ FUSIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
-def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = None, rule: str = "product") -> Tensor:
-    """The weighted geometric mean a^alpha * b^(1-alpha) of two maps, each normalised before and their product
-    normalised after.
+def hybrid(
+    a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = None, rule: str = "product"
+) -> Tensor:
+    """The weighted geometric mean a^alpha * b^(1-alpha) of two maps, each normalised before and
+    their product normalised after.
 
-    a: usually Grad-CAM at a deep layer, (B, h, w); b: usually LayerCAM, at the same or a shallower layer, (B, h', w').
-    size = (H, W) enlarges both first (see `enlarge`) and is required where their sizes differ. alpha in [0, 1]; alpha=1
-    gives a / max(a) and alpha=0 gives b / max(b), exactly, whatever the rule. rule: "product" (above), "floored" =
-    (a + f)^alpha * (b + f)^(1-alpha) - f with f = 0.1, which keeps an order where one factor is zero, "mean" =
-    alpha * a + (1-alpha) * b, "maximum" = max(alpha * a, (1-alpha) * b), or a name of your own in FUSIONS. Returns
-    (B, H, W) in [0, 1]; the product is zero everywhere where one factor or their overlap is. Raises ValueError for
-    alpha outside [0, 1], an unknown rule, and maps whose shapes do not fit.
+    a: usually Grad-CAM at a deep layer, (B, h, w); b: usually LayerCAM, at the same or a shallower
+    layer, (B, h', w'). size = (H, W) enlarges both first (see `enlarge`) and is required where
+    their sizes differ. alpha in [0, 1]; alpha=1 gives a / max(a) and alpha=0 gives b / max(b),
+    exactly, whatever the rule. rule: "product" (above), "floored" = (a + f)^alpha * (b +
+    f)^(1-alpha) - f with f = 0.1, which keeps an order where one factor is zero, "mean" = alpha * a
+    + (1-alpha) * b, "maximum" = max(alpha * a, (1-alpha) * b), or a name of your own in FUSIONS.
+    Returns (B, H, W) in [0, 1]; the product is zero everywhere where one factor or their overlap
+    is. Raises ValueError for alpha outside [0, 1], an unknown rule, and maps whose shapes do not
+    fit.
 
-    The formula with alpha = 0.7 at one common layer is from hirthickraj2015, Grad-Cam_Analysis_of_Cnn_Decisions; see
-    Sources in the README.
+    The formula with alpha = 0.7 at one common layer is from hirthickraj2015,
+    Grad-Cam_Analysis_of_Cnn_Decisions; see Sources in the README.
     """
     alpha = _alpha(alpha)
     if not isinstance(rule, str) or rule not in FUSIONS:
@@ -583,39 +811,61 @@ def hybrid(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int] | None = No
             raise ValueError(f"The maps must be tensors (B, h, w); got {type(m).__name__}.")
     if size is None and a.shape != b.shape:
         raise ValueError(
-            f"The maps have shapes {tuple(a.shape)} and {tuple(b.shape)}: give size=(H, W) to enlarge both to one size."
+            f"The maps have shapes {tuple(a.shape)} and {tuple(b.shape)}: give size=(H, W) to "
+            "enlarge both to one size."
         )
-    a, b = (normalise(a), normalise(b)) if size is None else (enlarge(a, size), enlarge(b, size))
-    if a.shape != b.shape:
-        raise ValueError(f"The maps belong to different batches: {a.shape[0]} and {b.shape[0]} images.")
+    a, b = _checked(a), _checked(b)
+    if len(a) != len(b):
+        raise ValueError(f"The maps belong to different batches: {len(a)} and {len(b)} images.")
+    if size is None:
+        a, b = _scaled(a), _scaled(b)
+    else:
+        size = _checked_size(size)
+        a, b = _enlarged(a, size), _enlarged(b, size)
     if alpha in (0, 1):
         return a if alpha == 1 else b
-    return normalise(FUSIONS[rule](a, b, alpha))
+    fused = FUSIONS[rule](a, b, alpha)
+    ours = FUSIONS[rule].__module__ == __name__  # of a rule of your own the values are looked at
+    return _scaled(fused if ours else _checked(fused))
 
 
 def _alpha(alpha: float) -> float:
     if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second.")
-    return float(alpha) if alpha >= torch.finfo(torch.float32).tiny else 0.0  # float32's pow may take less for 0
+        raise ValueError(
+            f"alpha={alpha!r} must be a number in [0, 1]: 1 is the first map alone, 0 the second."
+        )
+    return (
+        float(alpha) if alpha >= torch.finfo(torch.float32).tiny else 0.0
+    )  # float32's pow may take less for 0
 
 
 def fuse_layers(maps: Sequence[Tensor], size: tuple[int, int], fuse: str = "product") -> Tensor:
-    """Maps of several layers, each (B, h, w) at its own resolution, as one: (B, H, W) in [0, 1], size = (H, W).
+    """Maps of several layers, each (B, h, w) at its own resolution, as one: (B, H, W) in [0, 1],
+    size = (H, W).
 
-    Each is enlarged first. fuse: "product" (geometric mean), "mean", "maximum", or "layercam": the maximum of the maps,
-    all but the coarsest scaled by tanh(2 m / max m), as Jiang et al., IEEE TIP 2021, section III-C, fuse the stages of
-    a VGG16 (they scale the first three of five). Raises ValueError for another name.
+    Each is enlarged first. fuse: "product" (geometric mean), "mean", "maximum", or "layercam": the
+    maximum of the maps, all but the coarsest scaled by tanh(2 m / max m), as Jiang et al., IEEE TIP
+    2021, section III-C, fuse the stages of a VGG16 (they scale the first three of five). Raises
+    ValueError for another name.
     """
     if not isinstance(fuse, str) or fuse not in LAYER_FUSIONS:
-        raise ValueError(f"fuse={fuse!r} is no fusion of layers. {nearest(str(fuse), list(LAYER_FUSIONS))}")
+        raise ValueError(
+            f"fuse={fuse!r} is no fusion of layers. {nearest(str(fuse), list(LAYER_FUSIONS))}"
+        )
     counts = [len(m) if isinstance(m, Tensor) and m.ndim == 3 else type(m).__name__ for m in maps]
     if not counts or counts != counts[:1] * len(counts) or not isinstance(counts[0], int):
-        raise ValueError(f"maps={counts} must be tensors (B, h, w), at least one, all of the same B images.")
-    large = [enlarge(m, size) for m in sorted(maps, key=lambda m: -m.shape[1])]  # the coarsest last
-    return large[0] if len(large) == 1 else normalise(LAYER_FUSIONS[fuse](torch.stack(large)))
+        raise ValueError(
+            f"maps={counts} must be tensors (B, h, w), at least one, all of the same B images."
+        )
+    size = _checked_size(size)
+    coarsest_last = sorted(maps, key=lambda m: -m.shape[1])
+    large = [_enlarged(_checked(m), size) for m in coarsest_last]
+    return large[0] if len(large) == 1 else _scaled(LAYER_FUSIONS[fuse](torch.stack(large)))
 
 
-LAYER_FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {  # (layers, B, H, W), the coarsest last -> (B, H, W)
+LAYER_FUSIONS: dict[
+    str, Callable[[Tensor], Tensor]
+] = {  # (layers, B, H, W), the coarsest last -> (B, H, W)
     "product": lambda m: m.prod(0) ** (1 / len(m)),
     "mean": lambda m: m.mean(0),
     "maximum": lambda m: m.amax(0),
@@ -624,40 +874,49 @@ LAYER_FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {  # (layers, B, H, W), t
 
 
 def cam_at(
-    shot: Capture,
+    captured: Capture,
     cam: Callable[[Tensor, Tensor], Tensor],
     layers: str,
     size: tuple[int, int],
     fuse: str = "product",
 ) -> Tensor:
-    """A CAM at a layer, enlarged to size = (H, W): (B, H, W) in [0, 1]. Of several layers, joined by "+" as in
-    "layer2+layer3", the maps become one as `fuse_layers` says. Raises ValueError for a layer that was not captured.
+    """A CAM at a layer, enlarged to size = (H, W): (B, H, W) in [0, 1]. Of several layers, joined
+    by "+" as in "layer2+layer3", the maps become one as `fuse_layers` says. Raises ValueError for a
+    layer that was not captured.
     """
-    for name in str(layers).split("+"):
-        if name not in shot.activations:
-            raise ValueError(f"layer={name!r} was not captured. {nearest(name, list(shot.activations))}")
-    return fuse_layers([cam(shot.activations[n], shot.gradients[n]) for n in layers.split("+")], size, fuse)
+    names = layers.split("+")
+    for name in names:
+        if name not in captured.activations:
+            raise ValueError(
+                f"layer={name!r} was not captured. {nearest(name, list(captured.activations))}"
+            )
+    maps = [cam(captured.activations[name], captured.gradients[name]) for name in names]
+    return fuse_layers(maps, size, fuse)
 
 
-# ------------------------------------------------------------------------------------------------------------- 4 layers
+# ----------------------------------------------------------------------------------------- 5 layers
 
 
 def _probe(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, object]]:
-    """(name, module, output) of all modules, each time one ends, in one pass with the first image."""
+    """(name, module, output) of every module each time it ends, in one pass with one image."""
     _check_input(model, x)
     ended: list[tuple[str, nn.Module, object]] = []
 
     def record(name: str) -> Callable:
         return lambda module, args, output: ended.append((name, module, output))
 
-    hooked = [n for n, m in model.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)]
+    hooked = [
+        n for n, m in model.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)
+    ]
     with _borrowed(model, {name: record(name) for name in hooked}):
         _forward(model, x[:1].detach().clone())
     return ended
 
 
 def layer_shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int, int]]:
-    """Every layer that `capture` can take, in order of execution: {dotted name: (C, h, w)}. One pass, one image."""
+    """Every layer that `capture` can take, in order of execution: {dotted name: (C, h, w)}. One
+    pass, one image.
+    """
     model = _unwrap(model)
     ended = _probe(model, x)
     often = Counter(name for name, _, _ in ended)
@@ -666,64 +925,104 @@ def layer_shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int, int]]
 
 
 def stages(model: nn.Module, x: Tensor, until: str = "") -> dict[str, int]:
-    """Where a map can be taken, {layer: height of its map}, in order of execution: at each resolution the last layer
-    that everything passes through. Found by a few probe passes with one image.
+    """Where a map can be taken, {layer: height of its map}, in order of execution: at each
+    resolution the last layer that everything passes through. Found by a few probe passes with one
+    image.
 
-    Candidates are the layers of `layer_shapes` whose maps are shaped like the input, that are no pooling layers (nor
-    containers that end in one), lie in front of the classifier (the last module with weights that runs), and that
-    everything passes through (not one branch of a block). Where several names share one output, the outermost counts.
-    For ResNet: relu, layer1, layer2, layer3, layer4. A network of one resolution that works on tokens (ViT) has four
-    stages, evenly spaced: the last layer whose patches still reach the logits, and its like in earlier blocks. For
-    ViT-B: encoder.layers.encoder_layer_2.ln_1, then 5, 8, 11.
+    Candidates are the layers of `layer_shapes` whose maps are shaped like the input, that are no
+    pooling layers (nor containers that end in one), lie in front of the classifier (the last module
+    with weights that runs), and that everything passes through (not one branch of a block). Where
+    several names share one output, the outermost counts. For ResNet: relu, layer1, layer2, layer3,
+    layer4. A network of one resolution that works on tokens (ViT) has four stages, evenly spaced:
+    the last layer whose patches still reach the logits, and its like in earlier blocks. For ViT-B:
+    encoder.layers.encoder_layer_2.ln_1, then 5, 8, 11.
 
-    until: only what is finer than this layer, or in a network of one resolution ends before it; and the layer itself.
+    until: only what is finer than this layer, or in a network of one resolution ends before it; and
+    the layer itself.
     """
     model = _unwrap(model)
-    ended, x = _probe(model, x), x[:1].detach()
-    often = Counter(name for name, _, _ in ended)
-    pooled = [output for _, module, output in ended if "Pool" in type(module).__name__]
-    weighted = [k for k, (_, module, _) in enumerate(ended) if any(True for _ in module.parameters(recurse=False))]
-    heights, flat = {}, []
-    for name, module, output in ended[: max(weighted, default=0)]:
-        maps = _maps(output, x) if often[name] == 1 else None
-        hands_on = isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-        if maps is not None and _as_wide(maps.shape[2:], x) and not hands_on and not any(output is p for p in pooled):
-            heights[name] = maps.shape[2]
-            flat += [name] * (output.ndim == 3)
-    if flat and len({heights[name] for name in flat}) == 1:
-        found = _blocks(flat, next((n for n in reversed(flat) if _patches_count(model, x, n)), ""))
-    else:
-        found = []
-        for name in reversed(heights):
-            if heights[name] not in [heights[n] for n in found] and _all_passes(model, x, name):
-                found.insert(0, name)
+    ended = _probe(model, x)
+    x = x[:1].detach()
+    heights, tokens = _candidates(ended, x)
+    one_resolution = len({heights[name] for name in tokens}) == 1
+    found = _token_stages(model, x, tokens) if one_resolution else _map_stages(model, x, heights)
     if until:
-        order, height = [name for name, _, _ in ended], capture(model, x, until).activations[until].shape[2]
-        one_size = len({heights[name] for name in found}) == 1
-        before = [n for n in found if heights[n] > height or (one_size and order.index(n) < order.index(until))]
-        return {name: heights[name] for name in before} | {until: height}
+        height = capture(model, x, until).activations[until].shape[2]
+        order = [name for name, _, _ in ended]
+        if len({heights[name] for name in found}) == 1:
+            found = [n for n in found if heights[n] > height or order.index(n) < order.index(until)]
+        else:
+            found = [n for n in found if heights[n] > height]
+        return {name: heights[name] for name in found} | {until: height}
     return {name: heights[name] for name in found}
 
 
-def _blocks(names: Sequence[str], deep: str) -> list[str]:
-    """Four names, evenly spaced, that differ from `deep` in their first number alone; the last of them is `deep`."""
+def _candidates(
+    ended: Sequence[tuple[str, nn.Module, object]], x: Tensor
+) -> tuple[dict[str, int], list[str]]:
+    """({layer: height of its map} of what may be a stage, in order of execution; those of them
+    whose output is tokens).
+
+    ended: what `_probe` saw. A module that only hands its input on (identity, dropout) is no place
+    of its own.
+    """
+    often = Counter(name for name, _, _ in ended)
+    pooled = [output for _, module, output in ended if "Pool" in type(module).__name__]
+    weighted = [
+        k for k, (_, m, _) in enumerate(ended) if any(True for _ in m.parameters(recurse=False))
+    ]
+    heights: dict[str, int] = {}
+    tokens: list[str] = []
+    for name, module, output in ended[: max(weighted, default=0)]:
+        if often[name] > 1 or isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+            continue
+        if any(output is p for p in pooled):
+            continue
+        maps = _maps(output, x)
+        if maps is None or not _as_wide(maps.shape[2:], x):
+            continue
+        heights[name] = maps.shape[2]
+        if output.ndim == 3:
+            tokens.append(name)
+    return heights, tokens
+
+
+def _map_stages(model: nn.Module, x: Tensor, heights: Mapping[str, int]) -> list[str]:
+    """Of each height the last layer that everything passes through."""
+    found: dict[int, str] = {}
+    for name in reversed(heights):
+        if heights[name] not in found and _all_passes(model, x, name):
+            found[heights[name]] = name
+    return list(found.values())[::-1]
+
+
+def _token_stages(model: nn.Module, x: Tensor, names: Sequence[str]) -> list[str]:
+    """Four layers, evenly spaced: the last whose patches reach the logits, and those of earlier
+    blocks whose names differ from its in the first number alone.
+    """
+    deep = next((name for name in reversed(names) if _patches_count(model, x, name)), "")
+    if not deep:
+        return []
     alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(deep), count=1))
     blocks = [name for name in names if alike.fullmatch(name)]
-    blocks = blocks[: blocks.index(deep) + 1] if deep else []
-    return list(dict.fromkeys(blocks[len(blocks) * k // 4 - 1] for k in range(1, 5) if len(blocks) * k // 4))
+    blocks = blocks[: blocks.index(deep) + 1]
+    ends = [len(blocks) * quarter // 4 for quarter in range(1, 5)]
+    return list(dict.fromkeys(blocks[end - 1] for end in ends if end))
 
 
 def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
-    """(deep, shallow): where Grad-CAM and where LayerCAM look by default: the last of `stages`, and the one whose
-    resolution is nearest to four times deep's. For ResNet: layer4, layer2. A model of one resolution has no finer one:
-    then the middle stage is shallow (ViT-B: the sixth of twelve blocks), or deep itself if it is the only one.
+    """(deep, shallow): where Grad-CAM and where LayerCAM look by default: the last of `stages`, and
+    the one whose resolution is nearest to four times deep's. For ResNet: layer4, layer2. A model of
+    one resolution has no finer one: then the middle stage is shallow (ViT-B: the sixth of twelve
+    blocks), or deep itself if it is the only one.
 
     Raises ValueError when a model has no such layer.
     """
     found = stages(model, x)
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no layer with a spatial output before its classifier: name one with layer=."
+            f"{type(model).__name__} has no layer with a spatial output before its classifier: "
+            "name one with layer=."
         )
     deep, low = list(found.items())[-1]
     finer = sorted((h, n) for n, h in found.items() if h > low)
@@ -732,15 +1031,17 @@ def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
 
 
 def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
-    """Whether all that reaches the logits passes through the layer: with its output cut off, they no longer depend on
-    the input.
+    """Whether all that reaches the logits passes through the layer: with its output cut off, they
+    no longer depend on the input.
     """
     with _borrowed(model, {layer: lambda module, args, output: output.detach()}):
         return not _logits(_forward(model, x.clone().requires_grad_().clone()), x).requires_grad
 
 
 def _patches_count(model: nn.Module, x: Tensor, layer: str) -> bool:
-    """Whether the logits depend on what a layer has for the patches, or on its class token alone."""
+    """Whether the logits depend on what a layer has for the patches, and not only on its class
+    token.
+    """
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -749,37 +1050,46 @@ def _patches_count(model: nn.Module, x: Tensor, layer: str) -> bool:
 
     with _borrowed(model, {layer: keep}):
         score = _logits(_forward(model, x.clone()), x).amax()
-        gradient = torch.autograd.grad(score, kept, allow_unused=True)[0] if score.requires_grad else None
+        gradient = (
+            torch.autograd.grad(score, kept, allow_unused=True)[0] if score.requires_grad else None
+        )
     return gradient is not None and bool(_maps(gradient, x).any())
 
 
 def matching_layers(layers: str, stages_here: Sequence[str], stages_there: Sequence[str]) -> str:
-    """The layers of another network that lie as many stages before its last as `layers` ("layer2", "layer2+layer3") do
-    here. Raises ValueError for a layer that is no stage.
+    """The layers of another network that lie as many stages before its last as `layers` ("layer2",
+    "layer2+layer3") do here. Raises ValueError for a layer that is no stage.
     """
     here, there = list(stages_here), list(stages_there)
     for name in layers.split("+"):
         if name not in here:
-            raise ValueError(f"layer={name!r} is no stage of the first network ({', '.join(here)}): name one of these.")
+            raise ValueError(
+                f"layer={name!r} is no stage of the first network ({', '.join(here)}): name one of "
+                "these."
+            )
     places = [here.index(name) - len(here) for name in layers.split("+")]
     return "+".join(dict.fromkeys(there[max(place, -len(there))] for place in places))
 
 
-def resolve_layers(model: nn.Module, x: Tensor, layer: str = "auto", shallow_layer: str = "auto") -> tuple[str, str]:
-    """(deep, shallow) as a notebook's parameters mean them: a name is kept, "auto" is what `default_layers` finds."""
+def resolve_layers(
+    model: nn.Module, x: Tensor, layer: str = "auto", shallow_layer: str = "auto"
+) -> tuple[str, str]:
+    """(deep, shallow) as a notebook's parameters mean them: a name is kept, "auto" is what
+    `default_layers` finds.
+    """
     if "auto" not in (layer, shallow_layer):
         return layer, shallow_layer
     deep, shallow = default_layers(model, x)
     return deep if layer == "auto" else layer, shallow if shallow_layer == "auto" else shallow_layer
 
 
-# ------------------------------------------------------------------------------------------------------------ 5 explain
+# ---------------------------------------------------------------------------------------- 6 explain
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """cam: (H, W) float32 array in [0, 1]; target: the class explained; probability: its softmax; method and layers as
-    used.
+    """cam: (H, W) float32 array in [0, 1]; target: the class explained; probability: its softmax;
+    method and layers as used.
     """
 
     cam: np.ndarray
@@ -805,196 +1115,134 @@ def explain(
 ) -> Explanation:
     """One image, one map, one call.
 
-    image: a path or PIL image (squashed to size x size, ImageNet-normalised), or a preprocessed tensor (3, H, W) or (1,
-    3, H, W). target: class index, or None for the predicted class. method: "hybrid" (Grad-CAM at `layer` with LayerCAM
-    at `shallow_layer`, by `rule` and alpha; see `hybrid`) or a name in CAMS (at `layer`). Layers default to
-    `default_layers`; both may be several, "layer2+layer3", joined by `fuse` (see `fuse_layers`). size: the side of the
-    model's input, else its `image_size`, else 224; the map has this size, and `overlay` fits it to the photograph.
-    Raises ValueError for an unknown method, and what `capture` and `hybrid` raise.
+    image: a path or PIL image (squashed to size x size, ImageNet-normalised), or a preprocessed
+    tensor (3, H, W) or (1, 3, H, W). target: class index, or None for the predicted class. method:
+    "hybrid" (Grad-CAM at `layer` with LayerCAM at `shallow_layer`, by `rule` and alpha; see
+    `hybrid`) or a name in CAMS (at `layer`). Layers default to `default_layers`; both may be
+    several, "layer2+layer3", joined by `fuse` (see `fuse_layers`). size: the side of the model's
+    input, else its `image_size`, else 224; the map has this size, and `overlay` fits it to the
+    photograph. Raises ValueError for an unknown method, and what `capture` and `hybrid` raise.
     """
     _check_model(model)
     alpha = _alpha(alpha)
-    for name, value in (("layer", layer), ("shallow_layer", shallow_layer)):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name}={value!r} must be a dotted module name, such as 'layer4', or None.")
-    if not isinstance(image, str | Path | Image.Image | Tensor):
-        raise ValueError(f"image must be a path, a PIL image or a tensor; got {type(image).__name__}.")
-    if isinstance(image, Tensor) and not image.is_floating_point():
-        raise ValueError(f"image: a tensor must be preprocessed, so hold floats; got {image.dtype}. See `preprocess`.")
-    if isinstance(image, Tensor):
-        x = image[None] if image.ndim == 3 else image
-    else:
-        side = size or getattr(model, "image_size", 224)
-        if not isinstance(side, int) or side < 1:
-            raise ValueError(f"size={side!r} must be a whole number from 1 on, the side of the model's input.")
-        x = preprocess(image if isinstance(image, Image.Image) else read_image(image), side)
-    if x.ndim != 4 or len(x) != 1:
-        raise ValueError(
-            f"image: one at a time; got a tensor {tuple(image.shape)}. For batches use capture and the CAMs."
-        )
     if not isinstance(method, str) or method not in ("hybrid", *CAMS):
         raise ValueError(f"method={method!r} is unknown. {nearest(str(method), ['hybrid', *CAMS])}")
-    first = next(model.parameters(), x)
-    x = x.to(device=first.device, dtype=first.dtype)
-    deep, shallow = (
-        (layer, shallow_layer) if layer and (shallow_layer or method != "hybrid") else default_layers(model, x)
-    )
-    deep, shallow = layer or deep, shallow_layer or shallow or deep
-    both = list(dict.fromkeys([*shallow.split("+"), *deep.split("+")]))
-    shot = capture(model, x, both if method == "hybrid" else deep.split("+"), target)
-    at = tuple(x.shape[2:]), fuse
+    for name, value in (("layer", layer), ("shallow_layer", shallow_layer)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"{name}={value!r} must be a dotted module name, such as 'layer4', or None."
+            )
+    x = _one_input(model, image, size)
+    deep, shallow = layer, shallow_layer
+    if not layer or (method == "hybrid" and not shallow_layer):
+        found_deep, found_shallow = default_layers(model, x)
+        deep = layer or found_deep
+        shallow = shallow_layer or found_shallow
+    names = deep.split("+")
     if method == "hybrid":
-        maps = hybrid(cam_at(shot, grad_cam, deep, *at), cam_at(shot, layer_cam, shallow, *at), alpha, rule=rule)
+        names = [*shallow.split("+"), *names]
+    captured = capture(model, x, names, target)
+    side = tuple(x.shape[2:])
+    if method == "hybrid":
+        coarse = cam_at(captured, grad_cam, deep, side, fuse)
+        fine = cam_at(captured, layer_cam, shallow, side, fuse)
+        maps = hybrid(coarse, fine, alpha, rule=rule)
     else:
-        maps = cam_at(shot, CAMS[method], deep, *at)
-    index = int(shot.target[0])
-    probability = float(shot.logits.float().softmax(1)[0, index])
-    return Explanation(
-        maps[0].cpu().numpy(), index, probability, method, deep, shallow if method == "hybrid" else "", alpha
-    )
+        shallow = ""
+        maps = cam_at(captured, CAMS[method], deep, side, fuse)
+    index = int(captured.target[0])
+    probability = float(captured.logits.float().softmax(1)[0, index])
+    return Explanation(maps[0].cpu().numpy(), index, probability, method, deep, shallow, alpha)
 
 
-def colours(cam: np.ndarray | Tensor, size: tuple[int, int] | None = None, colormap: str = "inferno") -> np.ndarray:
-    """A map in colours: (h, w) in [0, 1] -> uint8 (H, W, 3), enlarged bilinearly to size = (H, W) where it is given.
-
-    colormap: a name of matplotlib's. The default is even to the eye, in lightness too, so no value stands out but the
-    high ones; "jet", which much of the literature uses, is not. Raises ValueError for a map that is not in [0, 1] and
-    for an unknown name.
+def _one_input(
+    model: nn.Module, image: str | Path | Image.Image | Tensor, size: int | None
+) -> Tensor:
+    """A path, picture or preprocessed tensor as the model's input (1, C, H, W), on its device and
+    in its type.
     """
-    import cv2
-    import matplotlib
-
-    try:
-        cam = np.asarray(cam.detach().float().cpu() if isinstance(cam, Tensor) else cam, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"cam must be a map (h, w) in [0, 1]; got {type(cam).__name__}: {error}") from error
-    if cam.ndim != 2 or not cam.size or not (cam.min() >= 0 and cam.max() <= 1):
-        values = f", values from {cam.min()} to {cam.max()}" if cam.size else ""
-        raise ValueError(f"cam must be a map (h, w) in [0, 1]; got shape {cam.shape}{values}.")
-    if not isinstance(colormap, str) or colormap not in matplotlib.colormaps:
-        known = nearest(str(colormap), list(matplotlib.colormaps))
-        raise ValueError(f"colormap={colormap!r}: matplotlib has none. {known}")
-    if size is not None:
-        cam = cv2.resize(cam, size[::-1], interpolation=cv2.INTER_LINEAR)
-    table = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
-    return table[np.minimum(cam * 256, 255).astype(np.uint8)]  # as matplotlib does, in a tenth of the memory
-
-
-def overlay(
-    image: Image.Image | np.ndarray, cam: np.ndarray | Tensor, opacity: float = 0.4, colormap: str = "inferno"
-) -> np.ndarray:
-    """(1 - opacity) * image + opacity * colours(cam), uint8 (H, W, 3) at the image's own size.
-
-    image: PIL, or uint8 (H, W) or (H, W, 3). cam: (h, w) in [0, 1]. Raises ValueError for an opacity outside [0, 1],
-    and as `colours` does.
-    """
-    import cv2
-
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
-    if not isinstance(opacity, Real) or not 0 <= opacity <= 1:
-        raise ValueError(f"opacity={opacity!r} must lie in [0, 1].")
-    coloured = colours(cam, pixels.shape[:2], colormap)
-    return cv2.addWeighted(np.ascontiguousarray(pixels), 1 - opacity, coloured, opacity, 0)
-
-
-def edge_overlay(image: Image.Image, cam: np.ndarray | Tensor, colormap: str = "inferno") -> np.ndarray:
-    """The map in colours with the image's Canny edges drawn over it in white: uint8 (H, W, 3) at the image's own size.
-
-    Canny, IEEE PAMI 1986, from OpenCV, on the grey image shrunk to at most 500 pixels a side and smoothed by 1/300 of
-    the longer one, with thresholds 50 and 100: they count per pixel, so the same edge would pass in a small photograph
-    and not in a large one. Shows where a map ends at an edge, with none of the image's brightness in the way.
-    """
-    import cv2
-
-    small, drawn = image.convert("L"), colours(cam, image.size[::-1], colormap)
-    small.thumbnail((500, 500), Image.Resampling.BOX)
-    grey = np.asarray(small)
-    edges = cv2.Canny(cv2.GaussianBlur(grey, (0, 0), max(grey.shape) / 300), 50, 100)
-    drawn[cv2.resize(edges, image.size, interpolation=cv2.INTER_LINEAR) > 100] = 255
-    return drawn
-
-
-def save_pictures(
-    folder: Path, name: str, image: Image.Image, cam: np.ndarray | Tensor, colormap: str = "inferno"
-) -> None:
-    """Five pictures of one explanation, at the image's own size: folder/NAME_original.png, _grayscale (the map, 0 black
-    to 1 white), _heatmap (the map in colours), _overlay and _edges (`edge_overlay`).
-    """
-    size = image.size[::-1]
-    pictures = {
-        "original": np.asarray(image.convert("RGB")),
-        "grayscale": colours(cam, size, "gray"),
-        "heatmap": colours(cam, size, colormap),
-        "overlay": overlay(image, cam, colormap=colormap),
-        "edges": edge_overlay(image, cam, colormap),
-    }
-    for kind, pixels in pictures.items():
-        Image.fromarray(pixels[..., 0] if kind == "grayscale" else pixels).save(folder / f"{name}_{kind}.png")
+    if isinstance(image, Tensor):
+        if not image.is_floating_point():
+            raise ValueError(
+                f"image: a tensor must be preprocessed, so hold floats; got {image.dtype}. See "
+                "`networks.preprocess`."
+            )
+        x = image[None] if image.ndim == 3 else image
+    elif isinstance(image, str | Path | Image.Image):
+        side = size or getattr(model, "image_size", 224)
+        if not isinstance(side, int) or side < 1:
+            raise ValueError(
+                f"size={side!r} must be a whole number from 1 on, the side of the model's input."
+            )
+        picture = image if isinstance(image, Image.Image) else datasets.read_image(image)
+        x = networks.preprocess(picture, side)
+    else:
+        raise ValueError(
+            f"image must be a path, a PIL image or a tensor; got {type(image).__name__}."
+        )
+    if x.ndim != 4 or len(x) != 1:
+        raise ValueError(
+            f"image: one at a time; got a tensor {tuple(x.shape)}. For batches use `capture` and "
+            "the CAMs."
+        )
+    first = next(model.parameters(), x)
+    return x.to(device=first.device, dtype=first.dtype)
 
 
 def top_classes(p: Tensor, class_names: Sequence[str], ids: Sequence[str], k: int = 5):
-    """The k most likely classes of each image as a table with image, rank (from 1), class, name and probability; p:
-    (B, K), as `probabilities` gives it.
+    """The k most likely classes of each image as a table with image, rank (from 1), class, name and
+    probability; p: (B, K), as `probabilities` gives it.
     """
-    import pandas as pd
-
     values, indices = p.topk(min(k, p.shape[1]), dim=1)
-    return pd.DataFrame([
-        dict(image=image, rank=rank, name=class_names[c], probability=value) | {"class": c}
-        for image, row, chosen in zip(ids, values.tolist(), indices.tolist(), strict=True)
-        for rank, (value, c) in enumerate(zip(row, chosen, strict=True), 1)
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            dict(image=image, rank=rank, name=class_names[c], probability=value) | {"class": c}
+            for image, row, chosen in zip(ids, values.tolist(), indices.tolist(), strict=True)
+            for rank, (value, c) in enumerate(zip(row, chosen, strict=True), 1)
+        ]
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- 6 method_maps
+def asked_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """The classes that a text such as "ring,nodule" or "0,3" names, in its order, as indices among
+    class_names.
 
-# name -> (label in tables and figures, colour from Okabe and Ito's colour-blind safe set or a grey for controls)
-STYLE: dict[str, tuple[str, str]] = {
-    "grad_cam": ("Grad-CAM", "#0072B2"),
-    "layer_cam": ("LayerCAM", "#E69F00"),
-    "hybrid": ("Hybrid", "#D55E00"),
-    "hybrid_same": ("Same-layer hybrid", "#CC79A7"),
-    "fused_mean": ("Fusion: arithmetic mean", "#E377C2"),
-    "fused_maximum": ("Fusion: maximum", "#AA3377"),
-    "hybrid_deep": ("Hybrid of the last Grad-CAM", "#882255"),
-    "grad_cam_pp": ("Grad-CAM++", "#56B4E9"),
-    "hires_cam": ("HiResCAM", "#009E73"),
-    "xgrad_cam": ("XGrad-CAM", "#7B61A8"),
-    "rise": ("RISE", "#000000"),
-    "layer_cam_shallow": ("Shallow LayerCAM", "#F0C75E"),
-    "grad_cam_coarse": ("Hybrid's Grad-CAM", "#2F6F9F"),
-    "grad_cam_finer": ("Grad-CAM one stage finer", "#4C9FD0"),
-    "times_sobel": ("Grad-CAM × Sobel", "#8C6D31"),
-    "times_activation": ("Grad-CAM × mean activation", "#B5894A"),
-    "times_other": ("Grad-CAM × another's LayerCAM", "#D8B26E"),
-    "hybrid_coarse": ("Hybrid on the deep grid", "#E0A080"),
-    "sobel": ("Sobel edges", "#666666"),
-    "activation": ("Shallow mean activation", "#808080"),
-    "noise": ("Pixel noise", "#999999"),
-    "smooth_noise": ("Smooth noise", "#777777"),
-    "centre": ("Centre", "#555555"),
-}
-# What shares the hybrid's resolution: its factors, and fusions without the evidence. Its own gain is what they lack.
-# The last goes the other way: the hybrid at Grad-CAM's resolution.
-MATCHED = ("layer_cam_shallow", "grad_cam_coarse", "grad_cam_finer", "times_sobel", "times_activation")
+    Capitals do not matter, and a name goes before a number. Raises ValueError with the nearest
+    names for another word.
+    """
+    index: dict[str, int] = {}
+    for k, name in enumerate(class_names):
+        index.setdefault(name.lower(), k)
+    found = []
+    for word in words(text):
+        k = index.get(word.lower(), int(word) if word.isdecimal() else -1)
+        if not 0 <= k < len(class_names):
+            raise ValueError(
+                f"targets: {word!r} is neither a class of this network nor a number from 0 to "
+                f"{len(class_names) - 1}. {nearest(word, class_names, 20)}"
+            )
+        found.append(k)
+    return found
+
+
+# ------------------------------------------------------------------------------------ 7 method_maps
+
+# What shares the hybrid's resolution: its factors, and fusions without the evidence. Its own gain
+# is what they lack. The last goes the other way: the hybrid at Grad-CAM's resolution.
+MATCHED = (
+    "layer_cam_shallow",
+    "grad_cam_coarse",
+    "grad_cam_finer",
+    "times_sobel",
+    "times_activation",
+)
 MATCHED += ("times_other", "hybrid_coarse")
 PRIOR_ALPHA = 0.7  # of the same-layer hybrid, as the prior project published it
 
 
-def label(method: str) -> str:
-    """The name of a method as tables and figures print it."""
-    return STYLE.get(method, (method, ""))[0]
-
-
-def colour(method: str) -> str:
-    """The one colour that a method has in every figure."""
-    return STYLE.get(method, ("", "#222222"))[1]
-
-
 def sobel_edges(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The length of the Sobel gradient of the mean over colours, averaged to a grid (h, w): (B, 3, H, W) -> (B, h, w).
-    It knows the image, at a layer's resolution, and nothing of the network.
+    """The length of the Sobel gradient of the mean over colours, averaged to a grid (h, w): (B, 3,
+    H, W) -> (B, h, w). It knows the image, at a layer's resolution, and nothing of the network.
     """
     grey = F.pad(x.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
@@ -1003,39 +1251,47 @@ def sobel_edges(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def method_maps(
-    shot: Capture,
+    captured: Capture,
     x: Tensor,
     layers: Mapping[str, str],
     alpha: float,
     rule: str,
     ids: Sequence[str],
     seed: int,
+    donor: Tensor,
 ) -> dict[str, Tensor]:
-    """Every single-pass method of the study and its controls, from one capture: name -> (B, H, W) in [0, 1].
+    """Every single-pass method of the study and its controls, from one capture: name -> (B, H, W)
+    in [0, 1].
 
-    x: (B + 1, 3, H, W), the images explained and one more, whose map "times_other" gives to the last of them. shot: the
-    capture of all of x at all `layers`: deep (where CAMs look), coarse and shallow (the hybrid's Grad-CAM and LayerCAM;
-    each may be several, see `cam_at`), finer (the stage before deep). ids: of the B images; random controls depend on
-    (seed, id) alone.
+    captured: of the images x, (B, 3, H, W), at all `layers`: deep (where CAMs look), coarse and
+    shallow (the hybrid's Grad-CAM and LayerCAM; each may be several, see `cam_at`), finer (the
+    stage before deep). ids: of the images; random controls depend on (seed, id) alone. donor: (B,
+    H, W), for each image the shallow LayerCAM of another one.
 
-    All CAMS at deep. hybrid = Grad-CAM at coarse with LayerCAM at shallow by `rule` and `alpha`; hybrid_same = the
-    product of both at deep with the prior's alpha, 0.7; hybrid_deep = as hybrid, but with Grad-CAM at deep;
-    fused_mean, fused_maximum: the other rules with the same alpha. Controls: MATCHED, that is the hybrid's two factors
-    alone (layer_cam_shallow, grad_cam_coarse), grad_cam_finer, the hybrid's Grad-CAM fused in the same way with Sobel
-    edges, the mean rectified activation or another image's LayerCAM, and the hybrid averaged to deep's grid; the same
-    edges and activation alone; noise (uniform, every pixel), smooth_noise (7 x 7 uniform noise enlarged like a deep
-    map), centre (Gaussian, standard deviation a quarter of the side).
+    All CAMS at deep. hybrid = Grad-CAM at coarse with LayerCAM at shallow by `rule` and `alpha`;
+    hybrid_same = the product of both at deep with the prior's alpha, 0.7; hybrid_deep = as hybrid,
+    but with Grad-CAM at deep; fused_mean, fused_maximum: the other rules with the same alpha.
+    Controls: MATCHED, that is the hybrid's two factors alone (layer_cam_shallow, grad_cam_coarse),
+    grad_cam_finer, the hybrid's Grad-CAM fused in the same way with Sobel edges, the mean rectified
+    activation or another image's LayerCAM, and the hybrid averaged to deep's grid; the same edges
+    and activation alone; noise (uniform, every pixel), smooth_noise (7 x 7 uniform noise enlarged
+    like a deep map), centre (Gaussian, standard deviation a quarter of the side).
     """
-    size, own, (A, G) = tuple(x.shape[2:]), slice(len(ids)), (shot.activations, shot.gradients)
-    deep, shallow, finer = (layers[k] for k in ("deep", "shallow", "finer"))
-    maps = {name: enlarge(cam(A[deep], G[deep])[own], size) for name, cam in CAMS.items()}
-    coarse, every = cam_at(shot, grad_cam, layers["coarse"], size)[own], cam_at(shot, layer_cam, shallow, size)
+    size = tuple(x.shape[2:])
+    deep = layers["deep"]
+    activations = captured.activations[deep]
+    gradients = captured.gradients[deep]
+    maps = {name: enlarge(cam(activations, gradients), size) for name, cam in CAMS.items()}
+
+    coarse = cam_at(captured, grad_cam, layers["coarse"], size)
+    fine = cam_at(captured, layer_cam, layers["shallow"], size)
     maps["grad_cam_coarse"] = coarse
-    fine = maps["layer_cam_shallow"] = every[own]
-    grid = A[shallow.split("+")[0]]
-    maps["grad_cam_finer"] = enlarge(grad_cam(A[finer], G[finer])[own], size)
-    maps["sobel"] = enlarge(sobel_edges(x[own], tuple(grid.shape[2:])), size)
-    maps["activation"] = enlarge(grid[own].float().relu().mean(1), size)
+    maps["layer_cam_shallow"] = fine
+    maps["grad_cam_finer"] = cam_at(captured, grad_cam, layers["finer"], size)
+    shallow = captured.activations[layers["shallow"].split("+")[0]]
+    maps["sobel"] = enlarge(sobel_edges(x, tuple(shallow.shape[2:])), size)
+    maps["activation"] = enlarge(shallow.float().relu().mean(1), size)
+
     maps["hybrid"] = hybrid(coarse, fine, alpha, rule=rule)
     maps["hybrid_same"] = hybrid(maps["grad_cam"], maps["layer_cam"], PRIOR_ALPHA)
     maps["hybrid_deep"] = hybrid(maps["grad_cam"], fine, alpha, rule=rule)
@@ -1043,52 +1299,71 @@ def method_maps(
     maps["fused_maximum"] = hybrid(coarse, fine, alpha, rule="maximum")
     maps["times_sobel"] = hybrid(coarse, maps["sobel"], alpha, rule=rule)
     maps["times_activation"] = hybrid(coarse, maps["activation"], alpha, rule=rule)
-    maps["times_other"] = hybrid(coarse, every[1:], alpha, rule=rule)
-    maps["hybrid_coarse"] = enlarge(F.adaptive_avg_pool2d(maps["hybrid"], A[deep].shape[2:]), size)
-    draws = [_generator(seed, i, 1) for i in ids]
-    smooth = torch.from_numpy(np.stack([d.random((7, 7), np.float32) for d in draws]))
-    noise = torch.from_numpy(np.stack([d.random(size, np.float32) for d in draws]))
-    down, right = (torch.linspace(-1, 1, n) for n in size)
-    blob = torch.exp(-(down[:, None] ** 2 + right[None, :] ** 2) / (2 * 0.5**2)).expand(len(ids), -1, -1)
-    maps |= {"noise": normalise(noise), "smooth_noise": enlarge(smooth, size), "centre": normalise(blob)}
-    order = [n for n in STYLE if n in maps] + [n for n in maps if n not in STYLE]
+    maps["times_other"] = hybrid(coarse, donor, alpha, rule=rule)
+    averaged = F.adaptive_avg_pool2d(maps["hybrid"], activations.shape[2:])
+    maps["hybrid_coarse"] = enlarge(averaged, size)
+
+    maps |= _maps_without_information(ids, size, seed)
+    order = [n for n in figures.STYLE if n in maps] + [n for n in maps if n not in figures.STYLE]
     return {name: maps[name].to(x.device) for name in order}
 
 
+def _maps_without_information(ids: Sequence[str], size: tuple[int, int], seed: int) -> dict:
+    """Controls that know neither image nor network: noise, smooth_noise and centre, (B, H, W) each,
+    on the CPU.
+    """
+    draws = [_generator(seed, i, 1) for i in ids]
+    smooth = torch.from_numpy(np.stack([d.random((7, 7), np.float32) for d in draws]))
+    noise = torch.from_numpy(np.stack([d.random(size, np.float32) for d in draws]))
+    down = torch.linspace(-1, 1, size[0])[:, None]
+    right = torch.linspace(-1, 1, size[1])[None, :]
+    blob = torch.exp(-(down**2 + right**2) / (2 * 0.5**2)).expand(len(ids), -1, -1)
+    return {
+        "noise": normalise(noise),
+        "smooth_noise": enlarge(smooth, size),
+        "centre": normalise(blob),
+    }
+
+
 def _generator(seed: int, image_id: str, stream: int) -> np.random.Generator:
-    """Random numbers that depend on seed, image and purpose, not on which images are grouped together."""
+    """Random numbers that depend on seed, image and purpose, not on which images are grouped
+    together.
+    """
     return np.random.default_rng([seed, stream, zlib.crc32(str(image_id).encode())])
 
 
-# ------------------------------------------------------------------------------------------------------- 7 faithfulness
+# ----------------------------------------------------------------------------------- 8 faithfulness
 
 
 @torch.inference_mode()
-def probabilities(model: nn.Module, x: Tensor, batch_size: int = 8, precision: str = "float32") -> Tensor:
-    """softmax(model(x)) in batches and in eval mode: (B, K) float32. precision: "float32" or "bf16" (autocast)."""
+def probabilities(
+    model: nn.Module, x: Tensor, batch_size: int = 8, precision: str = "float32"
+) -> Tensor:
+    """softmax(model(x)) in batches and in eval mode: (B, K) float32. precision: "float32" or "bf16"
+    (autocast).
+    """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision={precision!r} must be 'float32' or 'bf16'.")
     device = next(model.parameters(), x).device
     rows = []
-    with _eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with (
+        _eval_mode(model),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
         for part in x.split(batch_size):
             part = part.to(device).contiguous(memory_format=torch.channels_last)
             rows.append(_logits(_forward(model, part), part).float().softmax(1))
     return torch.cat(rows)
 
 
-def native_bf16() -> bool:
-    """Whether the CPU multiplies in bfloat16; without that, `precision="bf16"` gains nothing on it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _check_probabilities(p: Tensor) -> None:
-    """Refuse NaN, which comparisons would hide: NaN > 0.5 is false. Not in `probabilities`, where it would make every
-    batch wait for the GPU.
+    """Refuse NaN, which comparisons would hide: NaN > 0.5 is false. Not in `probabilities`, where
+    it would make every batch wait for the GPU.
     """
     if bool(p.isnan().any()):
         raise ValueError(
-            f"{int(p.isnan().sum())} of the model's {p.numel()} probabilities are NaN: its logits contain NaN or "
+            f"{int(p.isnan().sum())} of the model's {p.numel()} probabilities are NaN: its logits "
+            "contain NaN or "
             "infinity. Check the pictures' scaling and the weights."
         )
 
@@ -1105,71 +1380,103 @@ def measurable(
 ):
     """The images on which explanations are judged: (rows, left out).
 
-    Walks through a seeded permutation of the table until n images are found (0 = all). Each gets the columns target
-    (the predicted class) and p_image (its probability); where the data has twins (the same image without its lesion)
-    also p_twin, and only images whose lesion the network really uses count: p_image - p_twin > 0.5. Images without a
-    twin in such a data set, which show nothing to find, are passed over uncounted. Where the table has a column known
-    (`class_indices`) and boxes, images whose known class is another than the predicted one do not count either: a map
-    of another class need not lie in the box. left out: a table of id, file and reason, those of the files that cannot
-    be read among them (with strict they raise); see `report_left_out`.
+    Walks through a seeded permutation of the table until n images are found (0 = all). Each gets
+    the columns target (the predicted class) and p_image (its probability); where the data has twins
+    (the same image without its lesion) also p_twin, and only images whose lesion the network really
+    uses count: p_image - p_twin > 0.5. Images without a twin in such a data set, which show nothing
+    to find, are passed over uncounted. Where the table has a column known (`class_indices`) and
+    boxes, images whose known class is another than the predicted one do not count either: a map of
+    another class need not lie in the box. left out: a table of id, file and reason, those of the
+    files that cannot be read among them (with strict they raise); see `report_left_out`.
     """
-    import pandas as pd
-
-    twins = bool((frame["twin"] != "").any())
-    frame = subset(frame[frame["twin"] != ""] if twins else frame, 0, seed)
-    boxed = "known" in frame and not twins and bool((frame["truth"] == "boxes").any())
-    kept, left_out, found = [frame.iloc[:0].assign(target=0, p_image=0.0)], [], 0
+    has_twins = bool((frame["twin"] != "").any())
+    frame = datasets.subset(frame[frame["twin"] != ""] if has_twins else frame, 0, seed)
+    has_boxes = "known" in frame and bool((frame["truth"] == "boxes").any())
+    kept = []
+    left_out = []
+    count = 0
     for begin in range(0, len(frame), batch_size):
-        part, bad = split_readable(frame.iloc[begin : begin + batch_size], strict)
-        left_out += bad
+        part, unreadable = datasets.split_readable(frame.iloc[begin : begin + batch_size], strict)
+        left_out += unreadable
         if part.empty:
             continue
-        p, target = probabilities(model, load_batch(part, size=size), batch_size, precision).max(1)
-        _check_probabilities(p)
-        part, uses = part.assign(target=target.cpu().numpy(), p_image=p.cpu().numpy()), np.ones(len(part), bool)
-        if twins:
-            without = probabilities(model, load_batch(part, "twin", size), batch_size, precision)
-            _check_probabilities(without)
-            part = part.assign(p_twin=without.gather(1, target[:, None])[:, 0].cpu().numpy())
-            uses = (part.p_image - part.p_twin > 0.5).to_numpy()
-        elif boxed:
-            uses = ((part["known"] == part["target"]) | (part["known"] < 0)).to_numpy()
-        wanted = n - found if n else len(part)
-        stop = int(np.flatnonzero(uses)[wanted - 1]) + 1 if uses.sum() >= wanted else len(part)
-        kept.append(part.iloc[:stop][uses[:stop]])
-        unused = part.iloc[:stop][~uses[:stop]]
-        left_out += unused[["id", "file"]].assign(reason=UNUSED if twins else MISTAKEN).to_dict("records")
-        found += int(uses[:stop].sum())
-        if n and found >= n:
+        part = _with_prediction(model, part, batch_size, precision, size)
+        if has_twins:
+            part, counts = _uses_its_lesion(model, part, batch_size, precision, size)
+        elif has_boxes:
+            counts = _is_recognised(part)
+        else:
+            counts = np.ones(len(part), bool)
+        counted_before = count + counts.cumsum() - counts
+        reached = counted_before < (n or math.inf)
+        kept.append(part[reached & counts])
+        refused = part[reached & ~counts][["id", "file"]]
+        reason = runs.UNUSED if has_twins else runs.MISTAKEN
+        left_out += refused.assign(reason=reason).to_dict("records")
+        count += len(kept[-1])
+        if n and count >= n:
             break
-    rows = pd.concat(kept[1:] or kept).reset_index(drop=True)
-    return rows, pd.DataFrame(left_out, columns=["id", "file", "reason"])
+    rows = pd.concat(kept) if kept else frame.iloc[:0].assign(target=0, p_image=0.0)
+    return rows.reset_index(drop=True), pd.DataFrame(left_out, columns=["id", "file", "reason"])
+
+
+def _with_prediction(model: nn.Module, part, batch_size: int, precision: str, size: int):
+    """The rows with target, the class predicted, and p_image, its probability."""
+    x = datasets.load_batch(part, size=size)
+    p, target = probabilities(model, x, batch_size, precision).max(1)
+    _check_probabilities(p)
+    return part.assign(target=target.cpu().numpy(), p_image=p.cpu().numpy())
+
+
+def _uses_its_lesion(model: nn.Module, part, batch_size: int, precision: str, size: int):
+    """(the rows with p_twin, the target's probability without the lesion; whether it is lower by
+    more than 0.5)
+    """
+    twins = datasets.load_batch(part, "twin", size)
+    p = probabilities(model, twins, batch_size, precision).cpu().numpy()
+    _check_probabilities(torch.from_numpy(p))
+    part = part.assign(p_twin=p[np.arange(len(part)), part["target"]])
+    return part, (part["p_image"] - part["p_twin"] > 0.5).to_numpy()
+
+
+def _is_recognised(part) -> np.ndarray:
+    """Whether the network sees an image's known class in it; an image without a known class counts
+    too.
+    """
+    return ((part["known"] == part["target"]) | (part["known"] < 0)).to_numpy()
 
 
 def pixel_rank(maps: Tensor, ids: Sequence[str], seed: int = 0) -> Tensor:
-    """The place of every pixel by descending attribution, 0 = highest: (B, H, W) -> (B, H, W) int32. Ties are broken by
-    one seeded permutation per image, the same for every method, so a flat region is visited in random order and not
-    from its upper left corner. Raises ValueError for NaN.
+    """The place of every pixel by descending attribution, 0 = highest: (B, H, W) -> (B, H, W)
+    int32. Ties are broken by one seeded permutation per image, the same for every method, so a flat
+    region is visited in random order and not from its upper left corner. Raises ValueError for NaN.
     """
     flat = maps.flatten(1)
     if len(ids) != len(flat):
-        raise ValueError(f"ids has {len(ids)} entries for {len(flat)} maps: give one id for each image.")
+        raise ValueError(
+            f"ids has {len(ids)} entries for {len(flat)} maps: give one id for each image."
+        )
     if bool(flat.isnan().any()):
         raise ValueError("maps contain NaN, which has no place in an order.")
     shuffle = np.stack([_generator(seed, i, 2).permutation(flat.shape[1]) for i in ids])
     shuffle = torch.from_numpy(shuffle).to(maps.device)
-    order = shuffle.gather(1, torch.argsort(flat.gather(1, shuffle), dim=1, descending=True, stable=True))
-    places = torch.arange(flat.shape[1], dtype=torch.int32, device=maps.device).expand(len(flat), -1)
+    shuffled = flat.gather(1, shuffle)
+    order = shuffle.gather(1, shuffled.argsort(dim=1, descending=True, stable=True))
+    places = torch.arange(flat.shape[1], dtype=torch.int32, device=maps.device)
+    places = places.expand(len(flat), -1)
     return torch.empty_like(places).scatter_(1, order, places).view(maps.shape)
 
 
 def block_rank(maps: Tensor, ids: Sequence[str], seed: int = 0, block: int = 16) -> Tensor:
-    """The place of every pixel's block by descending mean attribution, 0 = highest: (B, H, W) -> (B, H, W) int32. The
-    blocks are block x block pixels; those at the right and lower border may be smaller. A gain that pixels show and
-    blocks do not is fragmentation of the image. Ties as in `pixel_rank`.
+    """The place of every pixel's block by descending mean attribution, 0 = highest: (B, H, W) ->
+    (B, H, W) int32. The blocks are block x block pixels; those at the right and lower border may be
+    smaller. A gain that pixels show and blocks do not is fragmentation of the image. Ties as in
+    `pixel_rank`.
     """
-    means = F.avg_pool2d(maps[:, None].double(), block, ceil_mode=True, count_include_pad=False)[:, 0].float()
-    ranks = pixel_rank(means, ids, seed).repeat_interleave(block, 1).repeat_interleave(block, 2)
+    exact = maps[:, None].cpu().double()  # on the CPU, as Apple's GPUs have no float64
+    means = F.avg_pool2d(exact, block, ceil_mode=True, count_include_pad=False)[:, 0].float()
+    ranks = pixel_rank(means, ids, seed).to(maps.device)
+    ranks = ranks.repeat_interleave(block, 1).repeat_interleave(block, 2)
     return ranks[:, : maps.shape[1], : maps.shape[2]]
 
 
@@ -1188,89 +1495,131 @@ def perturbation_curves(
     steps: int = 28,
     batch_size: int = 8,
     precision: str = "float32",
-    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Target probability while pixels of `start` are replaced by those of `end`, lowest rank first: (N, M, steps + 1).
+    """Target probability while pixels of `start` are replaced by those of `end`, lowest rank first:
+    (N, M, steps + 1).
 
-    start, end: (N, C, H, W); ranks: (N, M, H, W), M orders for each image as `pixel_rank` or `block_rank` give them, G
-    different places; target: (N,). Point s of a curve has the first floor(s*G/steps) places replaced, all channels
-    together, so the first point is `start`, the last is `end`, groups differ by at most one place and none is dropped.
-    Deletion: start = image, end = baseline. Insertion: start = baseline, end = image (Petsiuk et al., BMVC 2018,
-    Algorithm 1).
+    start, end: (N, C, H, W); ranks: (N, M, H, W), M orders for each image as `pixel_rank` or
+    `block_rank` give them, G different places; target: (N,). Point s of a curve has the first
+    floor(s*G/steps) places replaced, all channels together, so the first point is `start`, the last
+    is `end`, groups differ by at most one place and none is dropped. Deletion: start = image, end =
+    baseline. Insertion: start = baseline, end = image (Petsiuk et al., BMVC 2018, Algorithm 1).
 
-    Every distinct picture is evaluated once: orders that agree, the ends, also where they are another image's ends, and
-    points between which only pixels were replaced that are the same in start and end (with a twin as baseline, most of
-    the image). Pictures are made on the device, batch_size at a time. progress(n) is called when n more points are
-    known. Raises ValueError for steps outside 1 to G.
+    Every distinct picture is evaluated once: orders that agree, the ends, also where they are
+    another image's ends, and points between which only pixels were replaced that are the same in
+    start and end (with a twin as baseline, most of the image). Pictures are made on the device,
+    batch_size at a time. Raises ValueError for steps outside 1 to G.
     """
     n, m = ranks.shape[:2]
     places = int(ranks.max()) + 1
     if not 1 <= steps <= places:
-        raise ValueError(f"steps={steps} must lie between 1 and the number of places in the order, {places}.")
+        raise ValueError(
+            f"steps={steps} must lie between 1 and the number of places in the order, {places}."
+        )
     device = next(model.parameters(), start).device
     start, end, ranks, target = (t.to(device) for t in (start, end, ranks, target))
     cuts = torch.arange(steps + 1, device=device) * places // steps
-    replaced_at = torch.bucketize(ranks, cuts.int(), right=True, out_int32=True)  # the point from which on a pixel is
-    differs = (start != end).any(1).flatten(1)[:, None].expand(n, m, -1)
-    changed = torch.zeros(n, m, steps + 1, dtype=torch.long, device=device)
-    changed = changed.scatter_add_(2, replaced_at.flatten(2).long(), differs.long()).cumsum(2).cpu().numpy()
-    first: dict[tuple[int, bytes], int] = {}
-    same = [[first.setdefault((i, hashlib.sha256(r.tobytes()).digest()), k) for k, r in enumerate(row)]
-            for i, row in enumerate(replaced_at.cpu().numpy())]  # fmt: skip
-    still: dict[tuple[int, bytes], int] = {}  # the ends, numbered by what they show and which class is asked for
-    first_end, last_end = (
-        np.array([still.setdefault((int(c), hashlib.sha256(e.numpy().tobytes()).digest()), -1 - len(still))
-                  for c, e in zip(target.cpu(), ends.cpu(), strict=True)])[:, None, None]
-        for ends in (start, end)
-    )  # fmt: skip
-    untouched, done = changed == 0, changed == changed[..., -1:]
-    image = np.where(untouched, first_end, np.where(done, last_end, np.arange(n)[:, None, None]))
-    order, count = (np.where(untouched | done, -1, v) for v in (np.array(same)[..., None], changed))
-    pictures = np.stack(np.broadcast_arrays(image, order, count), -1).reshape(-1, 3)
-    _, jobs, inverse = np.unique(pictures, axis=0, return_index=True, return_inverse=True)
-    if progress:
-        progress(len(pictures) - len(jobs))
+    # the point from which on a pixel is replaced
+    replaced_at = torch.bucketize(ranks, cuts.int(), right=True, out_int32=True)
+    pictures = _picture_numbers(start, end, replaced_at, target, steps)
+    _, jobs, inverse = np.unique(
+        pictures.reshape(-1, 3), axis=0, return_index=True, return_inverse=True
+    )
+    jobs = np.stack(np.unravel_index(jobs, (n, m, steps + 1)))
+    jobs = torch.from_numpy(jobs).to(device)  # all at once, so that no batch waits for its own
     values = []
-    jobs = torch.from_numpy(np.stack(np.unravel_index(jobs, (n, m, steps + 1)))).to(device)  # all at once: no waiting
-    for i, k, s in (part.unbind() for part in jobs.split(batch_size, dim=1)):
-        mixed = torch.where((replaced_at[i, k] <= s.view(-1, 1, 1))[:, None], end[i], start[i])
+    for image, order, point in (part.unbind() for part in jobs.split(batch_size, dim=1)):
+        replaced = replaced_at[image, order] <= point.view(-1, 1, 1)
+        mixed = torch.where(replaced[:, None], end[image], start[image])
         p = probabilities(model, mixed, batch_size, precision)
-        values.append(p.gather(1, target[i][:, None])[:, 0])
-        if progress:
-            progress(len(i))
+        values.append(p.gather(1, target[image][:, None])[:, 0])
     found = torch.cat(values).cpu()
     _check_probabilities(found)
     return found[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
 
 
+def _picture_numbers(
+    start: Tensor, end: Tensor, replaced_at: Tensor, target: Tensor, steps: int
+) -> np.ndarray:
+    """Which picture every point of every curve shows, as three numbers: (N, M, steps + 1, 3).
+    Points with equal numbers show the same picture and ask for the same class.
+
+    On the way a picture is told by its image, its order and how many pixels have changed so far. An
+    end is told by what it shows and the class asked for, whichever image and order it belongs to.
+    replaced_at: (N, M, H, W), the point from which on a pixel is replaced.
+    """
+    n, m = replaced_at.shape[:2]
+    changed = _changed_pixels(start, end, replaced_at, steps)
+    at_start = changed == 0
+    at_end = changed == changed[..., -1:]
+
+    shown = [*start.cpu().numpy(), *end.cpu().numpy()]
+    classes = target.tolist() * 2
+    ends = _first_equal([(c, _digest(picture)) for c, picture in zip(classes, shown, strict=True)])
+    # negative, so that no image has the same number
+    first_end, last_end = -1 - np.array(ends).reshape(2, n, 1, 1)
+    image = np.where(at_end, last_end, np.arange(n).reshape(n, 1, 1))
+    image = np.where(at_start, first_end, image)
+
+    order = np.empty((n, m, 1), int)
+    for i, orders in enumerate(replaced_at.cpu().numpy()):
+        order[i, :, 0] = _first_equal([_digest(o) for o in orders])
+    order = np.where(at_start | at_end, -1, order)
+    count = np.where(at_start | at_end, -1, changed)
+    return np.stack([image, order, count], axis=-1)
+
+
+def _changed_pixels(start: Tensor, end: Tensor, replaced_at: Tensor, steps: int) -> np.ndarray:
+    """How many pixels that differ between start and end are replaced at each point: (N, M, steps +
+    1).
+    """
+    n, m = replaced_at.shape[:2]
+    differs = (start != end).any(1).flatten(1)[:, None].expand(n, m, -1).long()
+    at_point = torch.zeros(n, m, steps + 1, dtype=torch.long, device=start.device)
+    at_point.scatter_add_(2, replaced_at.flatten(2).long(), differs)
+    return at_point.cumsum(2).cpu().numpy()
+
+
+def _first_equal(items: Sequence) -> list[int]:
+    """For every item the position of the first one that equals it."""
+    seen: dict = {}
+    return [seen.setdefault(item, position) for position, item in enumerate(items)]
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(array.tobytes()).digest()
+
+
 def auc(curves: Tensor | np.ndarray) -> np.ndarray:
-    """Normalised trapezoid along the last axis: (sum - first/2 - last/2) / (n - 1). For probabilities, in [0, 1].
-    Raises ValueError for fewer than two points.
+    """Normalised trapezoid along the last axis: (sum - first/2 - last/2) / (n - 1). For
+    probabilities, in [0, 1]. Raises ValueError for fewer than two points.
     """
     c = np.asarray(curves, dtype=np.float64)
     if c.ndim < 1 or c.shape[-1] < 2:
-        raise ValueError(f"curves must have at least two points along their last axis; got shape {c.shape}.")
-    return (c.sum(-1) - c[..., 0] / 2 - c[..., -1] / 2) / (c.shape[-1] - 1)
+        raise ValueError(
+            f"curves must have at least two points along their last axis; got shape {c.shape}."
+        )
+    return np.trapezoid(c, axis=-1) / (c.shape[-1] - 1)
 
 
 def blur(x: Tensor) -> Tensor:
-    """RISE's blurred image: each channel convolved, zero-padded, with an 11 x 11 kernel made by Gaussian-filtering a
-    unit impulse with sigma = 5 and SciPy's reflecting border (Petsiuk et al., their evaluation code); on normalised
-    pixels, so the padding is mean grey.
+    """RISE's blurred image: each channel convolved, zero-padded, with an 11 x 11 kernel made by
+    Gaussian-filtering a unit impulse with sigma = 5 and SciPy's reflecting border (Petsiuk et al.,
+    their evaluation code); on normalised pixels, so the padding is mean grey.
     """
     from scipy.ndimage import gaussian_filter
 
     impulse = np.zeros((11, 11))
     impulse[5, 5] = 1
-    kernel = torch.from_numpy(gaussian_filter(impulse, 5)).to(x)
+    kernel = torch.from_numpy(gaussian_filter(impulse, 5)).to(x.dtype).to(x.device)
     return F.conv2d(x, kernel.expand(x.shape[1], 1, 11, 11), padding=5, groups=x.shape[1])
 
 
 def baselines(x: Tensor, name: str, twin: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(where insertion starts, where deletion ends) for preprocessed images x: (B, 3, H, W) each.
 
-    "rise": the blurred image, mean grey (zero after normalisation). "zero": mean grey, mean grey. "black": black,
-    black. "twin": the same image without its lesion, both.
+    "rise": the blurred image, mean grey (zero after normalisation). "zero": mean grey, mean grey.
+    "black": black, black. "twin": the same image without its lesion, both.
     """
     if name == "rise":
         return blur(x), torch.zeros_like(x)
@@ -1281,7 +1630,9 @@ def baselines(x: Tensor, name: str, twin: Tensor | None = None) -> tuple[Tensor,
         return black, black
     if name == "twin" and twin is not None:
         return twin, twin
-    raise ValueError(f"baseline={name!r} must be 'rise', 'zero', 'black', or, where the data has twins, 'twin'.")
+    raise ValueError(
+        f"baseline={name!r} must be 'rise', 'zero', 'black', or, where the data has twins, 'twin'."
+    )
 
 
 def faithfulness(
@@ -1296,21 +1647,35 @@ def faithfulness(
     steps: int = 28,
     batch_size: int = 8,
     precision: str = "float32",
-    progress: Callable[[int], object] | None = None,
     block: int = 0,
 ) -> dict[str, dict[str, Tensor]]:
-    """Insertion and deletion curves of every method: {"insertion": {method: (B, steps + 1)}, "deletion": {...}}.
+    """Insertion and deletion curves of every method: {"insertion": {method: (B, steps + 1)},
+    "deletion": {...}}.
 
-    maps: name -> (B, H, W). start is where insertion starts and end where deletion ends, as `baselines` returns them.
-    The score is the softmax probability of target: (B,). block: pixel by pixel (0), or in blocks of block x block.
+    maps: name -> (B, H, W). start is where insertion starts and end where deletion ends, as
+    `baselines` returns them. The score is the softmax probability of target: (B,). block: pixel by
+    pixel (0), or in blocks of block x block.
     """
-    rank = [block_rank(m, ids, seed, block) if block else pixel_rank(m, ids, seed) for m in maps.values()]
-    begins, ends, ranks = torch.cat([start, x]), torch.cat([x, end]), torch.stack(rank, 1).repeat(2, 1, 1, 1)
+    if block:
+        ranks = [block_rank(m, ids, seed, block) for m in maps.values()]
+    else:
+        ranks = [pixel_rank(m, ids, seed) for m in maps.values()]
+    # both in one call, so that what they share, the image itself, is evaluated once
     curves = perturbation_curves(
-        model, begins, ends, ranks, target.repeat(2), steps, batch_size, precision, progress
-    )  # both in one call, so that what they share, the image itself, is evaluated once
-    halves = zip(("insertion", "deletion"), curves.split(len(x)), strict=True)
-    return {metric: dict(zip(maps, half.unbind(1), strict=True)) for metric, half in halves}
+        model,
+        torch.cat([start, x]),
+        torch.cat([x, end]),
+        torch.stack(ranks, 1).repeat(2, 1, 1, 1),
+        target.repeat(2),
+        steps,
+        batch_size,
+        precision,
+    )
+    insertion, deletion = curves.split(len(x))
+    return {
+        "insertion": dict(zip(maps, insertion.unbind(1), strict=True)),
+        "deletion": dict(zip(maps, deletion.unbind(1), strict=True)),
+    }
 
 
 def confidence_change(
@@ -1322,39 +1687,56 @@ def confidence_change(
     batch_size: int = 8,
     precision: str = "float32",
 ) -> dict[str, np.ndarray]:
-    """What becomes of the target's probability when only what a map shows is left of the image: each (B,), in [0, 1].
+    """What becomes of the target's probability when only what a map shows is left of the image:
+    each (B,), in [0, 1].
 
-    x: (B, C, H, W), preprocessed. maps: (B, H, W) in [0, 1], of one method. target: as in `capture`. clean: (B,), the
-    target's probability Y on x itself. With O its probability on x * map (where the map is 0, the image is mean grey):
+    x: (B, C, H, W), preprocessed. maps: (B, H, W) in [0, 1], of one method. target: as in
+    `capture`. clean: (B,), the target's probability Y on x itself. With O its probability on x *
+    map (where the map is 0, the image is mean grey):
 
-        drop = max(0, Y - O) / Y        increase = 1 if O > Y else 0        gain = max(0, O - Y) / (1 - Y)
+        drop = max(0, Y - O) / Y
+        increase = 1 if O > Y else 0
+        gain = max(0, O - Y) / (1 - Y)
 
-    Drop and increase: Chattopadhyay et al., WACV 2018 (average drop, increase in confidence). Gain: Zhang et al.,
-    Opti-CAM, CVIU 2024 (average gain). A difference within ROUNDING, or one on an image that its map leaves as it is,
-    counts as none, so a map of ones has no increase in any precision; 0 / 0 (Y = 0 or Y = 1) is 0. Raises ValueError
-    for maps outside [0, 1] or of another size than x, and for a clean that is not one probability per image.
+    Drop and increase: Chattopadhyay et al., WACV 2018 (average drop, increase in confidence). Gain:
+    Zhang et al., Opti-CAM, CVIU 2024 (average gain). A difference within ROUNDING, or one on an
+    image that its map leaves as it is, counts as none, so a map of ones has no increase in any
+    precision; 0 / 0 (Y = 0 or Y = 1) is 0. Raises ValueError for maps outside [0, 1] or of another
+    size than x, and for a clean that is not one probability per image.
     """
     _check_unit(maps, (len(x), *x.shape[2:]))
-    before = torch.as_tensor(clean).double().cpu().numpy()
+    before = torch.as_tensor(clean).cpu().double().numpy()
     if before.shape != (len(x),) or not (before.min() >= 0 and before.max() <= 1):
-        raise ValueError(f"clean must be {len(x)} probabilities in [0, 1], one per image; got shape {before.shape}.")
+        raise ValueError(
+            f"clean must be {len(x)} probabilities in [0, 1], one per image; got shape "
+            f"{before.shape}."
+        )
     shown = x * maps[:, None].to(x)
     p = probabilities(model, shown, batch_size, precision)
     _check_probabilities(p)
-    change = p.gather(1, _targets(target, p)[:, None])[:, 0].double().cpu().numpy() - before
-    change[(np.abs(change) <= ROUNDING) | (shown == x).flatten(1).all(1).cpu().numpy()] = 0
-    drop, gain = np.zeros_like(change), np.zeros_like(change)
+    after = p.gather(1, _targets(target, p)[:, None])[:, 0].cpu().double().numpy()
+    untouched = (shown == x).flatten(1).all(1).cpu().numpy()
+    change = after - before
+    change[(np.abs(change) <= statistics.ROUNDING) | untouched] = 0
+    drop = np.zeros_like(change)
+    gain = np.zeros_like(change)
     np.divide(-change, before, out=drop, where=change < 0)
     np.divide(change, 1 - before, out=gain, where=(change > 0) & (before < 1))
     return {"drop": drop, "increase": (change > 0).astype(float), "gain": gain}
 
 
 def _check_unit(maps: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(maps.shape) != tuple(shape) or not (maps.min() >= 0 and maps.max() <= 1):  # NaN >= 0 is false
+    if tuple(maps.shape) != tuple(shape) or not (
+        maps.min() >= 0 and maps.max() <= 1
+    ):  # NaN >= 0 is false
         raise ValueError(
             f"maps must have shape {tuple(shape)} and lie in [0, 1]; got {tuple(maps.shape)}, "
             f"{float(maps.min())} to {float(maps.max())}."
         )
+
+
+RISE_CELLS = 7  # of a mask's grid, a side
+RISE_KEEP = 0.5  # the share of its cells that stay
 
 
 def rise(
@@ -1363,41 +1745,44 @@ def rise(
     target: int | Sequence[int] | Tensor,
     ids: Sequence[str],
     masks: int = 2000,
-    cells: int = 7,
-    keep: float = 0.5,
     seed: int = 0,
     batch_size: int = 8,
     precision: str = "float32",
-    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """sum_n p(x * M_n) M_n / (masks * keep), then normalised: (B, H, W) in [0, 1]; p is the target's probability.
+    """sum_n p(x * M_n) M_n / (masks * keep), then normalised: (B, H, W) in [0, 1]; p is the
+    target's probability.
 
-    Petsiuk et al., BMVC 2018, sections 3.1 and 3.2: each M_n is a grid of cells x cells ones (with probability keep)
-    and zeros, enlarged bilinearly to (cells + 1) times a cell's size and cut to H x W at a random shift of up to one
-    cell. A cell's size is rounded up where cells does not divide H or W, so that every shift fits. Every image has
-    masks of its own, which depend on (seed, id) alone: drawing them costs little beside the passes (`masks` for each
-    image), and images then err independently, as paired statistics assume. target: as in `capture`. progress(n) is
-    called after every n passes. The map is a mean over masks: its minimum lies far above 0, so its order says more than
-    its values. Raises ValueError for masks or cells below 1, keep outside (0, 1], and ids that do not fit.
+    Petsiuk et al., BMVC 2018, sections 3.1 and 3.2: each M_n is a grid of 7 x 7 ones (with
+    probability keep = 0.5) and zeros, enlarged bilinearly to 8 times a cell's size and cut to H x W
+    at a random shift of up to one cell. A cell's size is rounded up where 7 does not divide H or W,
+    so that every shift fits. Every image has masks of its own, which depend on (seed, id) alone:
+    drawing them costs little beside the passes (`masks` for each image), and images then err
+    independently, as paired statistics assume. target: as in `capture`. The map is a mean over
+    masks: its minimum lies far above 0, so its order says more than its values. Raises ValueError
+    for masks below 1 and ids that do not fit.
     """
-    if masks < 1 or cells < 1 or not 0 < keep <= 1 or len(ids) != len(x):
+    if masks < 1 or len(ids) != len(x):
         raise ValueError(
-            f"masks={masks} and cells={cells} must be at least 1, keep={keep} lie in (0, 1], and ids name every image; "
-            f"got {len(ids)} ids for {len(x)} images."
+            f"masks={masks} must be at least 1, and ids name every image; got {len(ids)} ids for "
+            f"{len(x)} images."
         )
-    device, size = next(model.parameters(), x).device, tuple(x.shape[2:])
-    maps, target = torch.zeros(len(x), *size, device=device), torch.as_tensor(target).expand(len(x)).tolist()
+    device = next(model.parameters(), x).device
+    size = tuple(x.shape[2:])
+    shifts_below = [math.ceil(side / RISE_CELLS) + 1 for side in size]
+    maps = torch.zeros(len(x), *size, device=device)
+    classes = torch.as_tensor(target).expand(len(x)).tolist()
     for i, image in enumerate(x.to(device)):
         draw = _generator(seed, ids[i], 3)
-        grids = torch.from_numpy((draw.random((masks, cells, cells)) < keep).astype(np.float32)).to(device)
-        shifts = draw.integers(0, [math.ceil(side / cells) + 1 for side in size], (masks, 2)).tolist()
+        grids = draw.random((masks, RISE_CELLS, RISE_CELLS)) < RISE_KEEP
+        grids = torch.from_numpy(grids.astype(np.float32)).to(device)
+        shifts = draw.integers(0, shifts_below, (masks, 2)).tolist()
         for begin in range(0, masks, batch_size):
-            part = _rise_masks(grids[begin : begin + batch_size], shifts[begin : begin + batch_size], size)
-            p = probabilities(model, image * part[:, None], batch_size, precision)
-            maps[i] += (p.gather(1, _targets(target[i], p)[:, None])[..., None] * part).sum(0)
-            if progress:
-                progress(len(part))
-    return normalise(maps / (masks * keep))
+            some = slice(begin, begin + batch_size)
+            drawn = _rise_masks(grids[some], shifts[some], size)
+            p = probabilities(model, image * drawn[:, None], batch_size, precision)
+            p = p.gather(1, _targets(classes[i], p)[:, None])
+            maps[i] += (p[..., None] * drawn).sum(0)
+    return normalise(maps / (masks * RISE_KEEP))
 
 
 def _rise_masks(grids: Tensor, shifts: Sequence[Sequence[int]], size: tuple[int, int]) -> Tensor:
@@ -1405,33 +1790,43 @@ def _rise_masks(grids: Tensor, shifts: Sequence[Sequence[int]], size: tuple[int,
     (height, width), cells = size, grids.shape[1]
     wide = [(cells + 1) * math.ceil(side / cells) for side in size]
     large = F.interpolate(grids[:, None], size=wide, mode="bilinear", align_corners=False)[:, 0]
-    return torch.stack([m[y : y + height, x : x + width] for m, (y, x) in zip(large, shifts, strict=True)])
+    cut = [m[y : y + height, x : x + width] for m, (y, x) in zip(large, shifts, strict=True)]
+    return torch.stack(cut)
 
 
-# ------------------------------------------------------------------------------------------------------- 8 localisation
+# ----------------------------------------------------------------------------------- 9 localisation
 
 
 def _check_masks(maps: Tensor, masks: Tensor) -> None:
-    normalise(maps)  # refuses NaN, infinity and negative values: they would rank or sum to a number that means nothing
+    normalise(maps)  # refuses NaN, infinity and negative values, whose sums and ranks mean nothing
     if not isinstance(masks, Tensor) or maps.shape != masks.shape or masks.dtype != torch.bool:
-        got = f"{masks.dtype} {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
-        raise ValueError(f"masks must be boolean and of the maps' shape {tuple(maps.shape)}; got {got}.")
+        got = (
+            f"{masks.dtype} {tuple(masks.shape)}"
+            if isinstance(masks, Tensor)
+            else type(masks).__name__
+        )
+        raise ValueError(
+            f"masks must be boolean and of the maps' shape {tuple(maps.shape)}; got {got}."
+        )
     if not bool(masks.flatten(1).any(1).all()):
         raise ValueError(
-            "masks: at least one mask is empty; an image without an object cannot be localised. Leave it out."
+            "masks: at least one mask is empty; an image without an object cannot be localised. "
+            "Leave it out."
         )
 
 
 def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 0) -> np.ndarray:
-    """1 where the map's maximum lies in the mask, or at most `tolerance` pixels from it, else 0: (B, H, W) twice ->
-    (B,).
+    """1 where the map's maximum lies in the mask, or at most `tolerance` pixels from it, else 0:
+    (B, H, W) twice -> (B,).
 
-    Zhang et al., ECCV 2016 (their tolerance: 15 px), who say nothing of a maximum that several pixels share (a coarse
-    map whose peak is at the border has one: enlarged, it is flat there). Here it counts as the share of these pixels
-    that hit, which is the expected hit when one of them is drawn. Taking the first prefers the upper left; a hit if any
-    is in the mask lets a constant map always hit; only if all are punishes coarse maps. So a constant map gets the
-    mask's share of the image, which is chance, and a map that is zero everywhere points nowhere: 0. Raises ValueError
-    for an empty mask, and for maps that are not finite, negative somewhere, or of another size than the masks.
+    Zhang et al., ECCV 2016 (their tolerance: 15 px), who say nothing of a maximum that several
+    pixels share (a coarse map whose peak is at the border has one: enlarged, it is flat there).
+    Here it counts as the share of these pixels that hit, which is the expected hit when one of them
+    is drawn. Taking the first prefers the upper left; a hit if any is in the mask lets a constant
+    map always hit; only if all are punishes coarse maps. So a constant map gets the mask's share of
+    the image, which is chance, and a map that is zero everywhere points nowhere: 0. Raises
+    ValueError for an empty mask, and for maps that are not finite, negative somewhere, or of
+    another size than the masks.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -1444,19 +1839,20 @@ def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 0) -> np.ndarray
 
 
 def energy_in_mask(maps: Tensor, masks: Tensor) -> np.ndarray:
-    """sum(map * mask) / sum(map), in [0, 1]; zero for a map that is zero everywhere. Wang et al., CVPR-W 2020, section
-    4.4. Raises ValueError as `pointing_game` does.
+    """sum(map * mask) / sum(map), in [0, 1]; zero for a map that is zero everywhere. Wang et al.,
+    CVPR-W 2020, section 4.4. Raises ValueError as `pointing_game` does.
     """
     _check_masks(maps, masks)
-    maps = maps.double()
-    total, inside = maps.sum((1, 2)), (maps * masks.to(maps.device)).sum((1, 2))
-    return torch.where(total > 0, inside / total.clamp_min(1e-300), 0.0).cpu().numpy()
+    maps = maps.cpu().double()  # on the CPU, as Apple's GPUs have no float64
+    total = maps.sum((1, 2))
+    inside = (maps * masks.cpu()).sum((1, 2))
+    return torch.where(total > 0, inside / total.clamp_min(1e-300), 0.0).numpy()
 
 
 def average_precision(maps: Tensor, masks: Tensor) -> np.ndarray:
-    """Area under precision and recall of the pixels, ranked by attribution, without a threshold: (B,) in (0, 1]. From
-    scikit-learn. Of equal values all count at once, so a constant map, zero included, gets the mask's share of the
-    image. Raises ValueError as `pointing_game` does.
+    """Area under precision and recall of the pixels, ranked by attribution, without a threshold:
+    (B,) in (0, 1]. From scikit-learn. Of equal values all count at once, so a constant map, zero
+    included, gets the mask's share of the image. Raises ValueError as `pointing_game` does.
     """
     from sklearn.metrics import average_precision_score
 
@@ -1466,103 +1862,247 @@ def average_precision(maps: Tensor, masks: Tensor) -> np.ndarray:
 
 
 def iou(maps: Tensor, masks: Tensor, threshold: float) -> np.ndarray:
-    """|R and mask| / |R or mask|, R = the pixels where map / max(map) >= threshold: (B, H, W) twice -> (B,) in [0, 1].
+    """|R and mask| / |R or mask|, R = the pixels where map / max(map) >= threshold: (B, H, W) twice
+    -> (B,) in [0, 1].
 
-    A map that is zero everywhere has an empty R: 0. Raises ValueError for a threshold outside (0, 1], and as
-    `pointing_game` does.
+    A map that is zero everywhere has an empty R: 0. Raises ValueError for a threshold outside (0,
+    1], and as `pointing_game` does.
     """
     _check_masks(maps, masks)
-    region, masks = _above(maps, threshold), masks.to(maps.device)
-    return ((region & masks).sum((1, 2)) / (region | masks).sum((1, 2)).double()).cpu().numpy()
+    region = _above(maps, threshold)
+    masks = masks.to(maps.device)
+    both = (region & masks).sum((1, 2)).cpu().numpy()
+    either = (region | masks).sum((1, 2)).cpu().numpy()
+    return both / either
 
 
 def _above(maps: Tensor, threshold: float) -> Tensor:
     if not isinstance(threshold, Real) or not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold!r} must lie in (0, 1]: it is compared with map / max(map).")
+        raise ValueError(
+            f"threshold={threshold!r} must lie in (0, 1]: it is compared with map / max(map)."
+        )
     return normalise(maps) >= threshold
 
 
 THRESHOLDS = tuple(k / 20 for k in range(1, 20))  # 0.05, 0.10, ..., 0.95
 
 
-def best_threshold(maps: Tensor, masks: Tensor, candidates: Sequence[float] = THRESHOLDS) -> float:
-    """The candidate with the highest mean `iou`, to be chosen on validation images; of equal ones the first."""
-    return float(candidates[int(np.argmax([iou(maps, masks, t).mean() for t in candidates]))])
-
-
-def box_iou(maps: Tensor, boxes: Sequence[Sequence[Sequence[float]]], threshold: float) -> np.ndarray:
-    """IoU of the box around the largest region where map / max(map) >= threshold with the best of the image's boxes:
-    (B,).
-
-    boxes: for each image a list of [x0, y0, x1, y1] in pixels, x1 and y1 exclusive, as in the manifest of notebook 01.
-    Regions are connected over edges and corners; of equally large ones the first in reading order counts. A map that is
-    zero everywhere has none: 0. BoxAcc is the share of images with box_iou >= 0.5 (Choe et al., CVPR 2020, section 4;
-    their MaxBoxAcc takes the best threshold, here the threshold is given). Raises ValueError for an image without a
-    box, boxes that are empty or reach beyond the map, a threshold outside (0, 1], and maps as in `pointing_game`.
+def best_threshold(maps: Tensor, masks: Tensor) -> float:
+    """Of THRESHOLDS the one with the highest mean `iou`, to be chosen on validation images; of
+    equal ones the first.
     """
-    import cv2
+    scores = [iou(maps, masks, t).mean() for t in THRESHOLDS]
+    return THRESHOLDS[int(np.argmax(scores))]
 
+
+def box_iou(
+    maps: Tensor, boxes: Sequence[Sequence[Sequence[float]]], threshold: float
+) -> np.ndarray:
+    """IoU of the box around the largest region where map / max(map) >= threshold with the best of
+    the image's boxes: (B,).
+
+    boxes: for each image a list of [x0, y0, x1, y1] in pixels, x1 and y1 exclusive, as in the
+    manifest of notebook 01. Regions are connected over edges and corners; of equally large ones the
+    first in reading order counts. A map that is zero everywhere has none: 0. BoxAcc is the share of
+    images with box_iou >= 0.5 (Choe et al., CVPR 2020, section 4; their MaxBoxAcc takes the best
+    threshold, here the threshold is given). Raises ValueError for an image without a box, boxes
+    that are empty or reach beyond the map, a threshold outside (0, 1], and maps as in
+    `pointing_game`.
+    """
     regions = _above(maps, threshold).cpu().numpy().astype(np.uint8)
     height, width = regions.shape[1:]
     if len(boxes) != len(maps):
-        raise ValueError(f"boxes has {len(boxes)} entries for {len(maps)} maps: give a list of boxes for each image.")
+        raise ValueError(
+            f"boxes has {len(boxes)} entries for {len(maps)} maps: give a list of boxes for each "
+            "image."
+        )
     found = []
     for region, own in zip(regions, boxes, strict=True):
-        b = np.asarray(own, dtype=float).reshape(-1, 4).T
-        inside = (b[:2] >= 0).all() and (b[:2] < b[2:]).all() and (b[2] <= width).all() and (b[3] <= height).all()
-        if not b.size or not inside:
-            raise ValueError(f"boxes={own} must be [x0, y0, x1, y1] with x0 < x1 <= {width} and y0 < y1 <= {height}.")
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(region, connectivity=8)
-        sizes = stats[1:, cv2.CC_STAT_AREA]
-        if count == 1:
-            found.append(0.0)
-            continue
-        largest = min(1 + np.flatnonzero(sizes == sizes.max()), key=lambda k: np.argmax(labels == k))
-        x0, y0, w, h = stats[largest, :4]
-        overlap = np.minimum(b[2], x0 + w) - np.maximum(b[0], x0), np.minimum(b[3], y0 + h) - np.maximum(b[1], y0)
-        both = overlap[0].clip(0) * overlap[1].clip(0)
-        found.append(float((both / (w * h + (b[2] - b[0]) * (b[3] - b[1]) - both)).max()))
+        b = np.asarray(own, dtype=float).reshape(-1, 4)
+        ordered = (b[:, :2] >= 0).all() and (b[:, :2] < b[:, 2:]).all()
+        if not b.size or not ordered or not (b[:, 2:] <= [width, height]).all():
+            raise ValueError(
+                f"boxes={own} must be [x0, y0, x1, y1] with x0 < x1 <= {width} and "
+                f"y0 < y1 <= {height}."
+            )
+        box = _box_of_largest(region)
+        found.append(0.0 if box is None else _best_overlap(box, b))
     return np.array(found)
 
 
-# ------------------------------------------------------------------------------------------------------------- 9 sanity
+def _box_of_largest(region: np.ndarray) -> np.ndarray | None:
+    """[x0, y0, x1, y1] around the largest connected part of a region (H, W); None if empty."""
+    from skimage.measure import label, regionprops  # connected parts, numbered in reading order
+
+    parts = regionprops(label(region, connectivity=2))
+    if not parts:
+        return None
+    y0, x0, y1, x1 = max(parts, key=lambda part: part.area).bbox  # of equal ones the first
+    return np.array([x0, y0, x1, y1])
+
+
+def _best_overlap(box: np.ndarray, boxes: np.ndarray) -> float:
+    """The highest IoU of a box, (4,), with others, (N, 4)."""
+    overlap = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    both = overlap.clip(0).prod(1)
+    area = (box[2:] - box[:2]).prod()
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return float((both / (area + areas - both)).max())
+
+
+# ---------------------------------------------------------------------------------------- 10 sanity
+
+
+def rows_to_compare(run: runs.Run) -> pd.DataFrame:
+    """The images on which notebook 03 compares maps: n_images `measurable` ones of the validation
+    split, or of the whole set where there is no such split.
+
+    Prints what was left out. Raises ValueError when no image is left.
+    """
+    s = run.settings
+    validation = run.frame[run.frame["split"] == "val"]
+    rows, left_out = measurable(
+        run.model,
+        run.frame if validation.empty else validation,
+        n=s.n_images,
+        seed=s.seed,
+        batch_size=s.batch_size,
+        strict=s.strict,
+        size=run.size,
+    )
+    run.report_left_out(left_out)
+    if rows.empty:
+        raise ValueError(
+            f"dataset={s.dataset!r}: no image is left to compare maps on, see above. "
+            "Check dataset and weights."
+        )
+    return rows
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> np.ndarray:
+    """Spearman's rank correlation of two maps over their positions: (B, h, w) twice -> (B,).
+
+    In [-1, 1], and 0 where either map is constant, which has no ranks. From SciPy. Raises
+    ValueError for maps of different shapes.
+    """
+    from scipy.stats import spearmanr
+
+    if a.shape != b.shape:
+        raise ValueError(
+            f"a and b must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}. "
+            "Enlarge both to one size first."
+        )
+    found = []
+    for p, q in zip(a.cpu().double().numpy(), b.cpu().double().numpy(), strict=True):
+        constant = np.ptp(p) == 0 or np.ptp(q) == 0
+        found.append(0.0 if constant else spearmanr(p, q, axis=None).statistic)
+    return np.array(found)
+
+
+def coherence(G: Tensor) -> np.ndarray:
+    """sum_k |sum_ij G_k(i, j)| / sum_k sum_ij |G_k(i, j)|: (B, C, h, w) -> (B,) in [0, 1].
+
+    How much of a gradient is left when each channel is averaged, as Grad-CAM does: 1 if every
+    channel has one sign everywhere, near 0 if positive and negative values cancel. 0 for a gradient
+    that is zero everywhere.
+    """
+    kept = G.float().sum((2, 3)).abs().sum(1)
+    all_of_it = G.float().abs().sum((1, 2, 3))
+    return (kept / all_of_it.clamp_min(1e-30)).cpu().numpy()
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """(m - min m) / (max m - min m), per image; (B, h, w) -> (B, h, w) in [0, 1].
+
+    A map that is constant, for which this is 0 / 0, becomes zero. Many tools scale maps so.
+    `normalise` divides by the maximum instead, and a smallest value above 0 stays above 0.
+    """
+    low = maps.amin((1, 2), keepdim=True)
+    high = maps.amax((1, 2), keepdim=True)
+    scaled = (maps - low) / (high - low).clamp_min(1e-12)
+    return torch.where(high > low, scaled, torch.zeros_like(maps))
+
+
+def hybrid_min_max(a: Tensor, b: Tensor, alpha: float, size: tuple[int, int]) -> Tensor:
+    """The product of `hybrid`, both maps scaled by `min_max` before and after they are enlarged to
+    size = (H, W): (B, h, w) and (B, h', w') -> (B, H, W) in [0, 1].
+
+    The product is 0 where either map has its smallest value, however high that value was.
+    """
+    a = min_max(enlarge(min_max(a), size))
+    b = min_max(enlarge(min_max(b), size))
+    return hybrid(a, b, alpha)
+
+
+def areas_by_enlarging(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    ids: Sequence[str],
+    start: Tensor,
+    end: Tensor,
+    seed: int = 0,
+    steps: int = 14,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """Insertion AUC, deletion AUC and `tie_fraction` of one map enlarged in three ways.
+
+    A table for `compare`: its methods are "nearest", "bilinear" and "bicubic", its metrics
+    "insertion", "deletion" and "ties".
+
+    maps: (B, h, w), enlarged to the size of x: (B, C, H, W). The rest is as in `faithfulness`.
+    """
+    size = (x.shape[2], x.shape[3])
+    large = {mode: enlarge(maps, size, mode) for mode in ("nearest", "bilinear", "bicubic")}
+    curves = faithfulness(model, x, large, target, ids, start, end, seed, steps, batch_size)
+    tables = []
+    for mode, enlarged in large.items():
+        values = {metric: auc(curves[metric][mode]) for metric in ("insertion", "deletion")}
+        values["ties"] = tie_fraction(enlarged)
+        for metric, value in values.items():
+            table = pd.DataFrame({"image": ids, "method": mode, "metric": metric, "value": value})
+            tables.append(table.assign(baseline=""))
+    return pd.concat(tables, ignore_index=True)
 
 
 def similarity(a: Tensor, b: Tensor) -> dict[str, np.ndarray]:
     """How alike two maps of the same image are, (B, H, W) in [0, 1] twice: three arrays (B,).
 
-    "spearman": the rank correlation over pixels, in [-1, 1]; 0 where either map is constant. "constant": whether either
-    is, to be counted. "ssim": Wang et al., IEEE TIP 2004, data_range = 1 and 7 x 7 windows, from scikit-image; two
-    constant maps of one value have 1. Both measures as Adebayo et al., NeurIPS 2018, use them. Raises ValueError for
-    maps of different shapes, outside [0, 1] or smaller than 7 x 7.
+    "spearman": their `rank_correlation`. "constant": whether either map is constant, to be counted.
+    "ssim": Wang et al., IEEE TIP 2004, data_range = 1 and 7 x 7 windows, from scikit-image; two
+    constant maps of one value have 1. Both measures as Adebayo et al., NeurIPS 2018, use them.
+    Raises ValueError for maps of different shapes, outside [0, 1] or smaller than 7 x 7.
     """
-    from scipy.stats import spearmanr
     from skimage.metrics import structural_similarity
 
     _check_unit(a, tuple(a.shape))
     _check_unit(b, tuple(a.shape))
-    pairs = list(zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True))
+    pairs = list(zip(a.cpu().double().numpy(), b.cpu().double().numpy(), strict=True))
     constant = np.array([np.ptp(p) == 0 or np.ptp(q) == 0 for p, q in pairs])
-    rank = [0.0 if c else spearmanr(p, q, axis=None).statistic for (p, q), c in zip(pairs, constant, strict=True)]
     ssim = [structural_similarity(p, q, data_range=1) for p, q in pairs]
-    return {"spearman": np.array(rank), "ssim": np.array(ssim), "constant": constant}
+    return {"spearman": rank_correlation(a, b), "ssim": np.array(ssim), "constant": constant}
 
 
 def randomise_cascade(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:
-    """The network, more and more of it re-initialised from the classifier downward: (stage, copy of the model), in
-    turn.
+    """The network, more and more of it re-initialised from the classifier downward: (stage, copy of
+    the model), in turn.
 
-    Each copy has the named stage and all behind it re-initialised, the last one everything (Adebayo et al., NeurIPS
-    2018, cascading randomisation). A stage is a submodule with weights; plain `nn.Sequential` and lists are opened, and
-    one with vectors only (batch norm) belongs to the stage in front of it. For ResNet-18: fc, layer4.1, layer4.0, ...,
-    layer1.0, conv1, which are ten. Order is that of definition, which in torchvision's classifiers is that of
-    execution. Every layer gets PyTorch's own default initialisation (its `reset_parameters`; batch norm also forgets
-    its running statistics), not the scheme its architecture was trained from, with a seed made of `seed` and its name;
-    a bare parameter without such a method (a class token) is drawn with standard deviation 0.02. The caller's model,
-    its random state, frozen parameters, modes and memory format stay as they are.
+    Each copy has the named stage and all behind it re-initialised, the last one everything (Adebayo
+    et al., NeurIPS 2018, cascading randomisation). A stage is a submodule with weights; plain
+    `nn.Sequential` and lists are opened, and one with vectors only (batch norm) belongs to the
+    stage in front of it. For ResNet-18: fc, layer4.1, layer4.0, ..., layer1.0, conv1, which are
+    ten. Order is that of definition, which in torchvision's classifiers is that of execution. Every
+    layer gets PyTorch's own default initialisation (its `reset_parameters`; batch norm also forgets
+    its running statistics), not the scheme its architecture was trained from, with a seed made of
+    `seed` and its name; a bare parameter without such a method (a class token) is drawn with
+    standard deviation 0.02. The caller's model, its random state, frozen parameters, modes and
+    memory format stay as they are.
     """
     device = next(model.parameters()).device
-    work = copy.deepcopy(_unwrap(model)).cpu()  # drawn on the CPU, so every device gets the same values
+    work = copy.deepcopy(
+        _unwrap(model)
+    ).cpu()  # drawn on the CPU, so every device gets the same values
     stages: list[tuple[str, list]] = []
     for name, unit in _units(work):
         layers = [(f"{name}.{inner}".rstrip("."), layer) for inner, layer in unit.named_modules()]
@@ -1600,305 +2140,1270 @@ def _reinitialise(layer: nn.Module, seed: int) -> None:
                 p.normal_(std=0.02)
 
 
-# -------------------------------------------------------------------------------------------------------- 10 statistics
+# -------------------------------------------------------------------------------------- 11 choosing
 
-LOWER_IS_BETTER = {"deletion", "deletion_blocks", "deletion_fine", "drop", "class_spearman", "class_ssim"}
-ROUNDING = 1e-6  # what float32 arithmetic in another order may change; a difference below it is none
+# Which fusion is the best one? Every candidate is measured on validation images; the table of all
+# of them decides.
 
 
-def compare(metrics, reference: str = "grad_cam", seed: int = 0, resamples: int = 10_000):
-    """Every method against the reference, paired by image: one row per metric, baseline and method.
+class Cell(NamedTuple):
+    """One fusion of the sweep: a pair of layers, a rule of FUSIONS, and the weight alpha of
+    Grad-CAM.
 
-    metrics: a table with columns image, method, metric, baseline, value. Returns n, mean, reference_mean, difference
-    (mean of value minus the reference's), low and high (95 % BCa bootstrap interval of it), p (sign-flip permutation
-    test of the mean; exact McNemar for values that are all 0 or 1), effect (mean over standard deviation of the
-    differences), won (share of images strictly better; deletion: lower is better) and identical (every difference is
-    zero: nothing to test, p and interval are empty). Efron 1987 for BCa; SciPy computes it. Interval, p, effect and won
-    are those of the differences cut to whole multiples of ROUNDING, so that rounding errors break no ties. Raises
-    ValueError when the reference is missing or an image lacks a method.
+    pair: "layer3 × layer1", where Grad-CAM looks and where LayerCAM looks; either may be several
+    layers, joined by "+". alpha 0 and 1 are the ends: LayerCAM alone and Grad-CAM alone.
     """
-    import pandas as pd
-    from scipy.stats import binomtest, bootstrap, permutation_test
 
-    rows = []
-    for (metric, baseline), part in metrics.groupby(["metric", "baseline"], sort=False, dropna=False):
-        wide = part.pivot(index="image", columns="method", values="value")
-        if reference not in wide:
-            raise ValueError(f"method {reference!r} has no values of {metric}: nothing to compare with.")
-        if wide.isna().any(axis=None):
-            raise ValueError(f"{metric}: not every image has a value for every method, so they cannot be paired.")
-        for method in part.method.unique():
-            value, base = wide[method].to_numpy(float), wide[reference].to_numpy(float)
-            d, n = np.trunc((value - base) / ROUNDING), len(wide)  # whole numbers: their sums tie alike on any machine
-            row = dict(
-                metric=metric,
-                baseline=baseline,
-                method=method,
-                n=n,
-                mean=value.mean(),
-                reference_mean=base.mean(),
-                difference=(value - base).mean(),
-            )
-            same = not d.any()
-            row.update(low=np.nan, high=np.nan, p=np.nan, effect=np.nan, identical=same, reference=reference)
-            row["won"] = float(((-d if metric in LOWER_IS_BETTER else d) > 0).mean())
-            if not same and n > 1:
-                spread = d.std(ddof=1) if np.ptp(d) > 1 else 0.0
-                row["effect"] = d.mean() / spread if spread > 0 else np.nan
-                if spread > 0:
-                    interval = bootstrap(
-                        (d,), np.mean, n_resamples=resamples, method="BCa", rng=np.random.default_rng(seed)
-                    ).confidence_interval
-                    row.update(low=interval.low * ROUNDING, high=interval.high * ROUNDING)
-                if set(np.unique([value, base])) <= {0.0, 1.0}:
-                    row["p"] = binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue
-                else:
-                    test = permutation_test(
-                        (d,),
-                        np.mean,
-                        permutation_type="samples",
-                        n_resamples=resamples,
-                        rng=np.random.default_rng(seed),
-                    )
-                    row["p"] = test.pvalue
-            rows.append(row)
-    return pd.DataFrame(rows)
+    pair: str
+    rule: str
+    alpha: float
+
+    @property
+    def coarse(self) -> str:
+        """Where Grad-CAM looks."""
+        return self.pair.split(" × ")[0]
+
+    @property
+    def fine(self) -> str:
+        """Where LayerCAM looks."""
+        return self.pair.split(" × ")[1]
+
+    def __str__(self) -> str:
+        return f"{self.pair}, {self.rule}, α = {self.alpha:g}"
 
 
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's step-down adjusted p-values (Scand. J. Statist., 1979); NaN stays NaN and is not counted."""
-    p = np.asarray(p, dtype=float)
-    order = [i for i in np.argsort(p) if not np.isnan(p[i])]
-    adjusted, running = np.full(len(p), np.nan), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(order) - rank) * p[i]))
-        adjusted[i] = running
-    return adjusted
+def layer_candidates(ladder: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(where Grad-CAM may look, where LayerCAM may look), from the stages up to the deep layer, the
+    finest first.
 
-
-def judgement(row: Mapping, p_column: str = "p") -> str:
-    """ "better", "worse", "no difference" or "identical": what a row of `compare` allows to say of its method against
-    its reference. "better" and "worse" need an interval without zero and p < 0.05.
+    Grad-CAM: the deep layer, the stage before it, or both. LayerCAM: any stage before the deep
+    layer but the first (the stem, whose few channels see edges and little else), or the last two of
+    them together.
     """
-    if row["identical"]:
-        return "identical"
-    if not (row["low"] > 0 or row["high"] < 0) or not row[p_column] < 0.05:
-        return "no difference"
-    return "better" if (row["difference"] > 0) != (row["metric"] in LOWER_IS_BETTER) else "worse"
+    *finer, deep = ladder
+    coarse = [deep]
+    if finer:
+        coarse += [finer[-1], f"{finer[-1]}+{deep}"]
+    fine = finer[1:] or list(ladder[:1])
+    if len(fine) > 1:
+        fine.append("+".join(fine[-2:]))
+    return coarse, fine
 
 
-def verdict(row: Mapping, p_column: str = "p") -> str:
-    """One sentence on a row of `compare`, as `judgement` allows."""
-    name, reference, metric = label(row["method"]), label(row["reference"]), str(row["metric"]).replace("_", " ")
-    word, numbers = judgement(row, p_column), f"{row['difference']:+.4f}, no interval"
-    if not np.isnan(row["low"]):
-        low, high = f"{row['low']:+.4f}", f"{row['high']:+.4f}"
-        numbers = f"{row['difference']:+.4f} [{low}, {high}], p = {row[p_column]:.2g}"
-    if word == "identical":
-        return f"{name}: {metric} identical to {reference} on all {row['n']} images."
-    if word == "no difference":
-        return f"{name}: {metric}, no difference to {reference} shown at n = {row['n']} ({numbers})."
-    return f"{name}: {metric} {word} than {reference} ({numbers}, n = {row['n']})."
+def given_choice(run: runs.Run) -> dict:
+    """What a run's settings fix of the choice: {name: value} of shallow_layer, rule and alpha where
+    they are not "auto".
 
-
-# -------------------------------------------------------------------------------------------------- 11 runs and figures
-
-RUN_ID = os.environ.get("HYBRID_CAM_RUN", "interactive")  # the runner sets it; every file written below carries it
-
-
-def start_run(repo: str | Path, results_dir: str | Path, seed: int = 0, threads: int = 0) -> Path:
-    """The run's output folder with figures/, tables/ and images/ in it; seeds torch, sets CPU threads (0 = torch's
-    choice) and the figure style.
+    Raises ValueError for a shallow_layer that the network does not have.
     """
-    import matplotlib.pyplot as plt
+    named = {
+        "shallow_layer": run.settings.shallow_layer,
+        "rule": run.settings.rule,
+        "alpha": run.settings.alpha,
+    }
+    given = {name: value for name, value in named.items() if value != "auto"}
+    if "shallow_layer" in given:
+        known = layer_shapes(run.model, run.blank)
+        for name in given["shallow_layer"].split("+"):
+            if name not in known:
+                raise ValueError(
+                    f"shallow_layer={name!r} is no layer of {run.info['arch']} that has a map. "
+                    f"{nearest(name, list(known))}"
+                )
+    if "alpha" in given:
+        given["alpha"] = round(float(given["alpha"]), 6)
+    return given
 
-    out = Path(repo) / results_dir
-    for name in ("figures", "tables", "images"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    if threads:
-        torch.set_num_threads(threads)
-    plt.style.use(HOME / "cam_core.mplstyle")
-    return out
+
+SHIPPED = HOME / "results" / "reference" / "full" / "fusion.json"
 
 
-def save_figure(fig, path: str | Path) -> None:
-    """Write the figure as PNG and, beside it, as PDF (the run's id in the metadata, no date, so equal runs give equal
-    bytes), show it in a notebook, close it.
+def shipped_choice(ladder: Sequence[str]) -> Cell:
+    """What the reference run that ships with the repository chose, for a network with these stages,
+    the finest first: its layers lie as many stages before the last one as they do there.
     """
-    import matplotlib.pyplot as plt
+    shipped = json.loads(SHIPPED.read_text("utf-8"))
+    layers = {}
+    for side, stages_back in shipped["stages_back"].items():
+        names = [ladder[max(0, len(ladder) - 1 - back)] for back in stages_back]
+        layers[side] = "+".join(dict.fromkeys(names))
+    pair = f"{layers['coarse']} × {layers['shallow']}"
+    return Cell(pair, shipped["rule"], float(shipped["alpha"]))
 
-    fig.savefig(path, metadata={"Software": None, "Run": RUN_ID})
-    fig.savefig(Path(path).with_suffix(".pdf"), metadata={"CreationDate": None, "Keywords": RUN_ID})
-    fig.set_layout_engine("none")  # the layout is settled; the inline picture need not compute it again
-    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-        sys.modules["IPython"].display.display(fig)
-    plt.close(fig)
 
+def rows_to_choose_on(run: runs.Run) -> tuple[pd.DataFrame, bool]:
+    """(the images on which a fusion is chosen, whether they are good for that), half as many as
+    n_images.
 
-def save_table(frame, path: str | Path, caption: str = "") -> None:
-    """Write the table as CSV with the run's id as its last column, floats with nine significant digits; with a caption
-    also as LaTeX (booktabs) beside it, floats with four decimals.
+    They are `measurable` ones of the validation split. Without such a split, and with fewer than 40
+    images, they come from the whole set and are too few to choose on: False. Prints what was left
+    out. Raises ValueError when no image is left.
     """
-    frame.assign(run=RUN_ID).to_csv(path, index=False, float_format="%.9g", lineterminator="\n")
-    if caption:
-        style = frame.style.hide(axis="index").format(precision=4, na_rep="--", escape="latex")
-        caption = re.sub(r"(?<!\\)([%&#_])", r"\\\1", caption)
-        text = style.format_index(escape="latex", axis=1).to_latex(
-            hrules=True, caption=caption, position="htbp", label=f"tab:{Path(path).stem}"
-        )
-        Path(path).with_suffix(".tex").write_text(f"% run {RUN_ID}, for the booktabs package\n{text}", "utf-8")
-
-
-UNUSED, MISTAKEN = "the network does not use its lesion", "the network sees another class in it"
-
-
-def report_left_out(left_out, out: Path, notebook: str) -> None:
-    """Say how many images were left out and why; write those whose files cannot be read to tables/NN_skipped.csv, which
-    the runner repeats at the end of the run.
-    """
-    broken = left_out[~left_out["reason"].isin([UNUSED, MISTAKEN])]
-    for reason, count in left_out["reason"].drop(broken.index).value_counts().items():
-        print(f"{count} left out because {reason}")
-    if len(broken):
-        save_table(broken, Path(out) / "tables" / f"{notebook}_skipped.csv")
-        print(f"{len(broken)} left out because a file cannot be read:", *broken["reason"].head(5), sep="\n  ")
-
-
-def save_json(content: Mapping, path: str | Path) -> None:
-    """Write a small JSON file with sorted keys and the run's id."""
-    Path(path).write_text(
-        json.dumps({**content, "run": RUN_ID}, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    s = run.settings
+    validation = datasets.split_rows(run.frame, "val")
+    chosen_here = not validation.empty
+    rows, left_out = measurable(
+        run.model,
+        validation if chosen_here else run.frame,
+        n=(s.n_images + 1) // 2,
+        seed=s.seed,
+        batch_size=s.batch_size,
+        precision=s.precision,
+        strict=s.strict,
+        size=run.size,
     )
+    run.report_left_out(left_out)
+    if rows.empty:
+        raise ValueError(
+            f"dataset={s.dataset!r}: no image is left to choose a fusion on, see above. "
+            "Check dataset and weights."
+        )
+    return rows, chosen_here
 
 
-def code_hash(*functions: Callable) -> str:
-    """SHA-256 of the functions' code and of all that it reaches: functions and plain values of this module,
-    `cam_inputs`, the notebook, and the modules of registered CAMs and fusions; docstrings and comments aside. It tells
-    whether finished work is still what today's code would make. Not followed: functools.partial, callable objects, and
-    what lists or dicts hold beyond functions; delete data/cache after changing such.
+def deciding_baseline(baseline: str, rows: pd.DataFrame) -> str:
+    """The first of the baselines in "twin,rise" that these images allow: twin needs a twin of every
+    image.
     """
-    registered = [*functions, *CAMS.values(), *FUSIONS.values()]
-    modules = {__name__, "cam_inputs", "__main__", *(getattr(f, "__module__", "") for f in registered)}
-    parts: dict[str, str] = {}
-    todo: list = list(functions)
-    while todo:
-        item = todo.pop()
-        code, place = getattr(item, "__code__", None), f"{getattr(item, '__module__', '')}.{id(item)}"
-        if getattr(item, "__module__", "") not in modules or place in parts or not hasattr(item, "__qualname__"):
-            continue
-        parts[place] = text = textwrap.dedent(inspect.getsource(item))
-        try:
-            tree = ast.parse(text)
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-                    node.body = node.body[1:]
-            parts[place] = ast.dump(tree)
-        except SyntaxError:  # a lambda inside an expression has no source of its own: its text has to do
-            pass
-        inner = [code] if code else []
-        names = set()
-        while inner:
-            names |= set(inner[-1].co_names)
-            inner += [c for c in inner.pop().co_consts if isinstance(c, CodeType)]
-        known = {**globals(), **getattr(item, "__globals__", {})}
-        found = {n: known[n] for n in sorted(names) if n in known}
-        found |= {f"cell {k}": c.cell_contents for k, c in enumerate(getattr(item, "__closure__", None) or ())}
-        for name, value in found.items():
-            if isinstance(value, Mapping):
-                todo += value.values()
-                value = tuple((str(k), getattr(v, "__qualname__", type(v).__name__)) for k, v in value.items())
-            if isinstance(value, str | Real | tuple):
-                parts[f"{place} {name}"] = f"{name} = {value!r}"
-            todo.append(value)
-    return hashlib.sha256("\n".join(sorted(parts.values())).encode()).hexdigest()
+    twins = bool((rows["twin"] != "").all())
+    return next((name for name in words(baseline) if name != "twin" or twins), "rise")
 
 
-@functools.cache
-def _clear_leftovers(folder: Path) -> None:
-    """Once a process: remove the parts of files that killed runs left in a cache an hour or more ago. Writing one takes
-    milliseconds, so no other run, here or on another machine, is still at it.
+def factors(
+    model: nn.Module, rows: pd.DataFrame, pairs: Sequence[str], size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Both factors of each pair of layers, from one capture: {pair: (Grad-CAM, LayerCAM)}, (B,
+    size, size) in [0, 1].
+
+    rows: as `measurable` returns them, with the class to explain as target.
     """
-    for part in folder.glob("*.part"):
-        with suppress(FileNotFoundError):  # another run may clear them away as well
-            if time.time() - part.lstat().st_mtime > 3600:
-                part.unlink()
+    device = next(model.parameters()).device
+    layers = []
+    for pair in pairs:
+        layers += pair.replace(" × ", "+").split("+")
+    x = datasets.load_batch(rows, size=size).to(device)
+    captured = capture(model, x, list(dict.fromkeys(layers)), rows["target"].tolist())
+
+    @functools.cache  # pairs share their factors
+    def enlarged(cam: Callable, names: str) -> Tensor:
+        return cam_at(captured, cam, names, (size, size))
+
+    found = {}
+    for pair in pairs:
+        coarse, fine = pair.split(" × ")
+        found[pair] = (enlarged(grad_cam, coarse), enlarged(layer_cam, fine))
+    return found
 
 
-def numerics(device: str | torch.device = "cpu") -> dict:
-    """What the last bits of a result depend on beside code, data and the shape of a batch: versions, threads, device,
-    instructions of the CPU, and torch's determinism and TF32 flags. Part of cache keys and of the manifest, and what
-    the workers of a cluster must share.
+def measure_cells(
+    model: nn.Module,
+    rows: pd.DataFrame,
+    cells: Sequence[Cell],
+    size: int,
+    baseline: str,
+    steps: int = 28,
+    seed: int = 0,
+    batch_size: int = 8,
+    precision: str = "float32",
+    block: int = 0,
+) -> list[dict]:
+    """Areas under the insertion and the deletion curve of every cell's map: one record for each
+    cell and image.
+
+    An end is the same map whatever the rule, and is measured once. baseline: as in `baselines`.
+    block: see `faithfulness`.
     """
-    place = torch.device(device)
+    device = next(model.parameters()).device
+    both = factors(model, rows, list(dict.fromkeys(cell.pair for cell in cells)), size)
+    maps = {_map_key(cell): hybrid(*both[cell.pair], cell.alpha, rule=cell.rule) for cell in cells}
+    x = datasets.load_batch(rows, size=size).to(device)
+    twin = datasets.load_batch(rows, "twin", size).to(device) if baseline == "twin" else None
+    start, end = baselines(x, baseline, twin)
+    target = torch.tensor(rows["target"].tolist(), device=device)
+    ids = list(rows["id"])
+    curves = faithfulness(
+        model, x, maps, target, ids, start, end, seed, steps, batch_size, precision, block=block
+    )
+    records = []
+    for cell in cells:
+        insertion = auc(curves["insertion"][_map_key(cell)]).tolist()
+        deletion = auc(curves["deletion"][_map_key(cell)]).tolist()
+        for k, image in enumerate(ids):
+            place = {"image": image, "layer": cell.pair, "rule": cell.rule, "alpha": cell.alpha}
+            records.append({**place, "insertion": insertion[k], "deletion": deletion[k]})
+    return records
+
+
+def _map_key(cell: Cell) -> tuple:
+    """What tells a cell's map: at an end one layer alone, else all of it."""
+    if cell.alpha == 0:
+        return cell.fine, cell.alpha
+    if cell.alpha == 1:
+        return cell.coarse, cell.alpha
+    return tuple(cell)
+
+
+def sweep(
+    run: runs.Run,
+    rows: pd.DataFrame,
+    cells: Sequence[Cell],
+    block: int = 0,
+    beside: Mapping[Cell, str] | None = None,
+) -> pd.DataFrame:
+    """Every cell on every image, two images at a time; what is finished is kept in the cache, under
+    all that determines it: code, network, image files, cells and settings.
+
+    Returns a table with image, layer (the pair), rule, alpha, kind, baseline, insertion, deletion,
+    and the criterion, insertion - deletion. kind: "fusion", or "end" for one map alone. beside:
+    further cells, {cell: its kind}, which are measured and cannot be chosen.
+    """
+    from tqdm.auto import tqdm
+
+    s = run.settings
+    beside = beside or {}
+    cells = [*cells, *beside]
+    how = {
+        "size": run.size,
+        "baseline": deciding_baseline(s.baseline, rows),
+        "steps": s.steps,
+        "seed": s.seed,
+        "batch_size": s.batch_size,
+        "precision": s.precision,
+        "block": block,
+    }
+    key = {
+        "kind": "sweep",
+        "code": runs.code_hash(*CAMS.values(), *FUSIONS.values()),
+        "arch": run.info["arch"],
+        "weights": run.info["sha256"] or run.info["weights"],
+        "cells": cells,
+        **how,
+        **runs.numerics(run.device),
+    }
+    label = f"baseline {how['baseline']}, {f'blocks of {block}' if block else 'pixels'}"
+    records = []
+    for begin in tqdm(range(0, len(rows), 2), desc=label):
+        part = rows[begin : begin + 2]
+        files = [sha256(file) for file in [*part["file"], *part["twin"]] if file]
+        images = {"ids": list(part["id"]), "target": part["target"].tolist(), "files": files}
+        measure = functools.partial(measure_cells, run.model, part, cells, **how)
+        records += runs.cached(run.data / "cache", {**key, **images}, measure)
+    table = pd.DataFrame(records)
+    kinds = {cell: "end" if cell.alpha in (0, 1) else "fusion" for cell in cells} | beside
+    each = zip(table["layer"], table["rule"], table["alpha"], strict=True)
+    table["kind"] = [kinds[cell] for cell in each]
+    table["baseline"] = how["baseline"]
+    table["criterion"] = table["insertion"] - table["deletion"]
+    place = ["image", "layer", "rule", "alpha", "kind", "baseline"]
+    return table[[*place, "insertion", "deletion", "criterion"]]
+
+
+def rows_of(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """The rows of a sweep's table that belong to one cell, one for each image."""
+    right = (table["layer"] == cell.pair) & (table["rule"] == cell.rule)
+    return table[right & (table["alpha"] == cell.alpha)]
+
+
+def candidates(
+    table: pd.DataFrame,
+    shallow_layer: str = "auto",
+    rule: str = "auto",
+    alpha: float | str = "auto",
+) -> pd.DataFrame:
+    """The criterion of what may be chosen: images x (layer, rule, alpha), in a fixed order: by
+    rule, as in FUSIONS, then by layers, then by weight.
+
+    These are the fusions of the table, narrowed to what is given: where LayerCAM looks, the rule,
+    the weight. An end is among them only if its weight is given. Raises ValueError where the table
+    has no such cell, or an image lacks a value.
+    """
+    wanted = (table["kind"] == "fusion") | ((table["kind"] == "end") & (table["alpha"] == alpha))
+    if shallow_layer != "auto":
+        wanted &= table["layer"].str.split(" × ").str[1] == shallow_layer
+    if rule != "auto":
+        wanted &= table["rule"] == rule
+    if alpha != "auto":
+        wanted &= table["alpha"] == alpha
+    if not wanted.any():
+        asked = f"shallow_layer={shallow_layer!r}, rule={rule!r}, alpha={alpha!r}"
+        raise ValueError(f"no cell has {asked}: the sweep did not measure it.")
+    cell = ["layer", "rule", "alpha"]
+    wide = table[wanted].pivot(index="image", columns=cell, values="criterion")
+    if wide.isna().any(axis=None):
+        raise ValueError("an image lacks a value for a cell, so the cells cannot be compared.")
+    rules = [*FUSIONS, *sorted(set(table["rule"]) - set(FUSIONS))]
+    return wide[sorted(wide.columns, key=lambda cell: (rules.index(cell[1]), cell[0], cell[2]))]
+
+
+def ranking(table: pd.DataFrame, **given) -> pd.Series:
+    """The mean criterion of the `candidates`, highest first; of equal ones, to six decimals, the
+    first in their order.
+    """
+    means = candidates(table, **given).mean()
+    return means[means.round(6).sort_values(ascending=False, kind="stable").index]
+
+
+def choose(table: pd.DataFrame, **given) -> Cell:
+    """The candidate with the highest mean criterion over the images; of equal ones the first.
+    given: see `candidates`.
+    """
+    pair, rule, alpha = ranking(table, **given).index[0]
+    return Cell(pair, rule, float(alpha))
+
+
+def stability(table: pd.DataFrame, draws: int = 2000, seed: int = 0, **given) -> pd.Series:
+    """How far a choice can be trusted: the share of bootstrap resamples of the images that each
+    candidate wins, in [0, 1] and together 1, by cell.
+    """
+    wide = candidates(table, **given)
+    n = len(wide)
+    # how often each image is drawn, in each resample
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    winners = (counts @ wide.to_numpy() / n).round(6).argmax(1)
+    return pd.Series(np.bincount(winners, minlength=wide.shape[1]) / draws, index=wide.columns)
+
+
+def single_maps(table: pd.DataFrame) -> dict[str, float]:
+    """The mean criterion of every map alone: {"Grad-CAM at layer4": 0.91, ..., "LayerCAM at
+    layer1": 0.92, ...}.
+    """
+    found = {}
+    for alpha, method, side in ((1.0, "Grad-CAM", 0), (0.0, "LayerCAM", 1)):
+        ends = table[table["alpha"] == alpha]
+        layers = ends["layer"].str.split(" × ").str[side]
+        for layer, values in ends.groupby(layers, sort=False)["criterion"]:
+            found[f"{method} at {layer}"] = float(values.mean())
+    return found
+
+
+def reason(n: int, given: Sequence[str], left: int, chosen_here: bool) -> str:
+    """Where a choice comes from, in words. given: the settings that a user fixed; left: the
+    candidates they left.
+    """
+    named = [f"{name} given as a parameter" for name in given]
+    if not chosen_here:
+        source = "taken from the shipped reference run, not chosen on your data"
+        return "; ".join([source, *named])
+    if given and left == 1:
+        return "given as a parameter"
+    counted = f"{n} validation image{'s' if n > 1 else ''}"
+    fixed = f" with {', '.join(given)} given as a parameter" if given else ""
+    return f"chosen on {counted}{fixed}"
+
+
+def fusion_record(
+    run: runs.Run,
+    ladder: Sequence[str],
+    table: pd.DataFrame,
+    chosen: Cell,
+    share: pd.Series,
+    other: Cell | None,
+    why: str,
+) -> dict:
+    """What is written to fusion.json: the choice, the network and images it was made for, and how
+    clear it is.
+
+    ladder: the stages up to the deep layer. share: as `stability` returns it. other: the best of
+    the cells that were not chosen. why: see `reason`.
+    """
+    deep = ladder[-1]
+    mean = float(rows_of(table, chosen)["criterion"].mean())
+    singles = single_maps(table)
+    higher = [
+        f"{name} alone" for name, value in singles.items() if value > mean + statistics.ROUNDING
+    ]
+    runner_up = None
+    if other is not None:
+        runner_up = {"layer": other.pair, "rule": other.rule, "alpha": other.alpha}
+        runner_up["mean"] = float(rows_of(table, other)["criterion"].mean())
+    stages_back = {
+        "coarse": _stages_back(chosen.coarse, ladder),
+        "shallow": _stages_back(chosen.fine, ladder),
+    }
     return {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "alpha": chosen.alpha,
+        "rule": chosen.rule,
+        "layer": deep,
+        "coarse": chosen.coarse,
+        "shallow_layer": chosen.fine,
+        "stages_back": stages_back if all(stages_back.values()) else {},
+        "reason": why,
+        "arch": run.info["arch"],
+        "weights_sha256": run.info["sha256"] or run.info["weights"],
+        "device": str(next(run.model.parameters()).device),
+        "dataset": Path(run.settings.dataset).name,
+        "dataset_sha256": datasets.content_hash(run.frame),
+        "criterion": "mean(insertion - deletion)",
+        "baseline": str(table["baseline"].iloc[0]),
+        "steps": run.settings.steps,
+        "n": table["image"].nunique(),
+        "seed": run.settings.seed,
+        "mean": mean,
+        "mean_grad_cam": singles[f"Grad-CAM at {deep}"],
+        "mean_layer_cam": singles[f"LayerCAM at {chosen.fine}"],
+        "higher_without_fusion": higher,
+        "share_of_resamples_won": float(share.get(tuple(chosen), 0)),
+        "runner_up": runner_up,
     }
 
 
-def dataset_hash(frame) -> str:
-    """SHA-256 of a data set's table: of ids, splits, labels, boxes and the bytes of images, twins, masks and hulls."""
-    columns = [c for c in ("id", "split", "label", "class", "boxes", "file", "twin", "mask", "hull") if c in frame]
-    digest = hashlib.sha256()
-    for row in frame[columns].sort_values("id", kind="stable").astype(str).to_dict("records"):
-        row |= {c: sha256(row[c]) for c in ("file", "twin", "mask", "hull") if row.get(c)}
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()
+def _stages_back(layers: str, ladder: Sequence[str]) -> list[int]:
+    """How many stages before the last one each layer lies; empty if one of them is no stage."""
+    names = layers.split("+")
+    if not set(names) <= set(ladder):
+        return []
+    return [len(ladder) - 1 - list(ladder).index(name) for name in names]
 
 
-def save_resolved(out: str | Path, info: Mapping, device: str | torch.device, **chosen) -> None:
-    """What this run's parameters came to, as resolved.json, which the runner moves into the manifest."""
-    network = {"arch": info["arch"], "weights": info["weights"], "weights_sha256": info["sha256"]}
-    save_json({**network, **chosen, **numerics(device), "device": str(device)}, Path(out) / "resolved.json")
+# ----------------------------------------------------------------------------------------- 12 study
+
+GROUP = 8  # images that are measured at once, and kept in the cache together
+BLOCK = 16  # pixels, the side of a block where insertion and deletion go by blocks
+FURTHER = ("grad_cam_pp", "hires_cam", "xgrad_cam", "fused_mean", "fused_maximum", "hybrid_deep")
+FURTHER += ("sobel", "activation")  # measured with method = "all" alone
+CURVES = (
+    "grad_cam",
+    "layer_cam",
+    "layer_cam_shallow",
+    "hybrid_same",
+    "hybrid",
+    "smooth_noise",
+)  # drawn
+FILES = ("file", "twin", "mask", "hull", "moved", "marker")  # columns of a table that name files
 
 
-def cache_file(folder: str | Path, key: Mapping) -> Path:
-    """Where `cached` keeps what belongs to `key`."""
-    text = json.dumps(key, sort_keys=True, default=os.fspath)
-    return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+@dataclass(frozen=True)
+class Study:
+    """What is measured, and how: together with the images all that a value depends on.
 
+    model, arch, weights (a hash, or a name) and size (pixels of its input): the network. layers:
+    {"deep", "coarse", "shallow", "finer"}, see `method_maps`. alpha, rule: the fusion. methods: the
+    maps that are measured. baselines: what replaces pixels; the first is measured on all images,
+    the others on n_extra of them. thresholds: {method: that of IoU and box accuracy}. n_extra: on
+    how many images the costly extras are measured. steps, fine_steps (0: no), rise_masks (0: no),
+    seed, batch_size, precision: as in params/default.yaml.
 
-def cached(folder: str | Path, key: Mapping, make: Callable[[], list[dict]]) -> list[dict]:
-    """What make() returns, a list of plain records, computed once: kept in `folder` under the hash of `key`, which must
-    hold all that determines it. Written in one step, so a run that is stopped loses only the part it was at.
+    `dataclasses.replace` makes the study of another network out of one.
     """
-    text, file = json.dumps(key, sort_keys=True, default=os.fspath), cache_file(folder, key)
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(file.parent)
-        fresh = file.with_suffix(f".{os.getpid()}.part")
-        try:
-            fresh.write_text(json.dumps({"key": json.loads(text), "records": make()}), "utf-8")
-            os.replace(fresh, file)
-        finally:
-            fresh.unlink(missing_ok=True)
-    return json.loads(file.read_text("utf-8"))["records"]
+
+    model: nn.Module
+    arch: str
+    weights: str
+    size: int
+    layers: Mapping[str, str]
+    alpha: float
+    rule: str
+    methods: Sequence[str]
+    baselines: Sequence[str]
+    thresholds: Mapping[str, float]
+    n_extra: int = 0
+    steps: int = 28
+    fine_steps: int = 0
+    rise_masks: int = 0
+    seed: int = 0
+    batch_size: int = 8
+    precision: str = "float32"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def captured_layers(self) -> list[str]:
+        """Every layer that the maps are taken from."""
+        return list(dict.fromkeys("+".join(self.layers.values()).split("+")))
 
 
-def panel(ax, image, cam=None, mask=None, title: str = "", opacity: float = 0.5) -> None:
-    """One picture of a grid: the image, with a map laid over it and the contour of a mask (white on black) where they
-    are given. A large image without a mask is shown with 800 pixels on its longer side.
+# ---- from a run to what is measured
+
+
+def open_study(run) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
+    """(study, rows, left out): what notebook 05 measures, made of a run's settings and the choice
+    of notebook 04.
+
+    rows: the test images that count, see `measurable`. The thresholds are chosen on validation
+    images, where these have masks or boxes, and are 0.5 else. Raises ValueError if no image is
+    left, and what `chosen_fusion` raises.
     """
-    import cv2
-
-    pixels = np.asarray(image)
-    if mask is None and max(pixels.shape[:2]) > 800:
-        pixels = cv2.resize(
-            pixels, None, fx=800 / max(pixels.shape[:2]), fy=800 / max(pixels.shape[:2]), interpolation=cv2.INTER_AREA
+    settings = run.settings
+    fusion = chosen_fusion(run)
+    rows, left_out = _measurable_rows(run, run.model, "test", settings.n_images, run.size)
+    if rows.empty:
+        why = "; ".join(
+            f"{n} times: {reason}" for reason, n in left_out["reason"].value_counts().items()
         )
-    ax.imshow(pixels if cam is None else overlay(pixels, cam, opacity), cmap="gray" if pixels.ndim == 2 else None)
-    if mask is not None:
-        shape = np.asarray(mask).astype(np.uint8)
-        for contour in cv2.findContours(shape, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]:
-            closed = np.vstack([contour[:, 0], contour[:1, 0]])
-            ax.plot(*closed.T, color="black", linewidth=2.2)
-            ax.plot(*closed.T, color="white", linewidth=1.0)
-    ax.set_title(title)
-    ax.set_axis_off()
+        raise ValueError(
+            f"No image of {run.folder} is left to measure on ({why}). Check weights and dataset."
+        )
+    before_deep = list(stages(run.model, run.blank, until=fusion["layer"]))[:-1]
+    layers = {
+        "deep": fusion["layer"],
+        "coarse": fusion["coarse"],
+        "shallow": fusion["shallow_layer"],
+        "finer": before_deep[-1] if before_deep else fusion["layer"],
+    }
+    methods = methods_of(settings.method)
+    study = Study(
+        model=run.model,
+        arch=run.info["arch"],
+        weights=run.info["sha256"] or run.info["weights"],
+        size=run.size,
+        layers=layers,
+        alpha=fusion["alpha"],
+        rule=fusion["rule"],
+        methods=methods,
+        baselines=_baselines_of(settings.baseline, rows),
+        thresholds=dict.fromkeys(methods, 0.5),
+        n_extra=settings.n_extra,
+        steps=settings.steps,
+        fine_steps=settings.fine_steps,
+        rise_masks=settings.rise_masks,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+    )
+    if (rows["truth"] != "").any():
+        few = min((settings.n_images + 1) // 2 or 64, 64)
+        validation, _ = _measurable_rows(run, run.model, "val", few, run.size)
+        if len(validation):
+            study = replace(study, thresholds=choose_thresholds(study, validation))
+    return study, rows, left_out
+
+
+def chosen_fusion(run) -> dict:
+    """The fusion that is measured: layer, coarse, shallow_layer, alpha, rule, reason, given (the
+    settings that decide) and dataset_sha256.
+
+    What is given as a setting counts; the rest is what notebook 04 chose and left in fusion.json.
+    Raises ValueError where that file is missing and alpha is not given, and where it was made for
+    another network or other data.
+    """
+    settings = run.settings
+    deep, shallow = resolve_layers(run.model, run.blank, settings.layer, settings.shallow_layer)
+    given = given_choice(run)
+    file = run.out / "fusion.json"
+    if not file.is_file() and "alpha" not in given:
+        raise ValueError(
+            f"There is no {file}: run notebook 04 first, or give alpha (a number) and "
+            "shallow_layer as settings."
+        )
+    fusion = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    here = {
+        "arch": run.info["arch"],
+        "weights_sha256": run.info["sha256"] or run.info["weights"],
+        "layer": deep,
+        "dataset": Path(settings.dataset).name,
+        "dataset_sha256": datasets.content_hash(run.frame),
+    }
+    differing = []
+    for name, value in here.items() if fusion else ():
+        if fusion.get(name) != value:
+            differing.append(f"{name}: {fusion.get(name)!r} there, {value!r} here")
+    if differing and len(given) < 3:
+        raise ValueError(
+            f"{file} was made for something else ({'; '.join(differing)}): run notebook 04 again."
+        )
+    usual = {
+        "coarse": deep,
+        "shallow_layer": shallow,
+        "rule": "product",
+        "reason": "the rest as by default",
+    }
+    chosen = usual | ({} if differing else fusion) | given
+    chosen["layer"] = deep
+    chosen["dataset_sha256"] = here["dataset_sha256"]
+    chosen["alpha"] = round(float(chosen["alpha"]), 6)
+    chosen["given"] = list(given)
+    chosen["reason"] = ", ".join([*(f"{n} given as a setting" for n in given), chosen["reason"]])
+    return chosen
+
+
+def methods_of(which: str) -> tuple[str, ...]:
+    """The methods that the setting `method`, "main" or "all", means; those that you registered in
+    CAMS come last.
+    """
+    known = [
+        name for name in figures.STYLE if name != "rise" and (which == "all" or name not in FURTHER)
+    ]
+    return (*known, *(name for name in CAMS if name not in figures.STYLE))
+
+
+def second_study(run, study: Study) -> tuple[Study, pd.DataFrame]:
+    """(study, rows) of the network `also`: the first one's rule and weight, layers that lie as many
+    stages before its last, and half as many images. Nothing is chosen on it.
+    """
+    model, info = run.other(run.settings.also)
+    blank = torch.zeros(1, 3, info["size"], info["size"], device=run.device)
+    here = list(stages(study.model, run.blank))
+    there = list(stages(model, blank))
+    second = replace(
+        study,
+        model=model,
+        arch=info["arch"],
+        weights=info["sha256"] or info["weights"],
+        size=info["size"],
+        layers={place: matching_layers(name, here, there) for place, name in study.layers.items()},
+        n_extra=0,
+    )
+    rows, _ = _measurable_rows(run, model, "test", (run.settings.n_images + 1) // 2, info["size"])
+    return second, rows
+
+
+def _measurable_rows(run, model: nn.Module, split: str, n: int, size: int) -> tuple:
+    """`measurable` on the split "val" (those with masks or boxes) or "test" of a run's images."""
+    s = run.settings
+    frame = datasets.split_rows(run.frame, split)
+    if split == "val":
+        frame = frame[frame["truth"] != ""]
+    return measurable(model, frame, n, s.seed, s.batch_size, s.precision, s.strict, size)
+
+
+def _baselines_of(setting: str, rows) -> tuple[str, ...]:
+    """The baselines that a setting names, each once; without twins that one cannot be used."""
+    has_twins = bool((rows["twin"] != "").all())
+    return tuple(n for n in dict.fromkeys(words(setting)) if n != "twin" or has_twins) or ("rise",)
+
+
+def choose_thresholds(study: Study, rows) -> dict[str, float]:
+    """{method: the threshold with the highest mean IoU}, on validation images with masks."""
+    maps = {name: [] for name in study.methods}
+    for begin in range(0, len(rows), GROUP):
+        _, _, found = explain_rows(study, rows, begin, min(GROUP, len(rows) - begin))
+        for name, m in found.items():
+            maps[name].append(m.cpu())
+    masks = datasets.load_masks(rows, size=study.size)
+    return {name: best_threshold(torch.cat(parts), masks) for name, parts in maps.items()}
+
+
+# ---- measuring a group of images
+
+
+def explain_rows(
+    study: Study, rows, begin: int = 0, count: int = 0
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(x, target, {method: maps}) of `count` rows from `begin` on (0: all that follow): (B, 3, H,
+    W), (B,) and (B, H, W).
+
+    The control with another image's LayerCAM takes the next row's, the last row's that of the one
+    behind them; after the table's last row comes its first.
+    """
+    count = count or len(rows) - begin
+    part = rows.iloc[begin : begin + count]
+    following = rows.iloc[[(begin + count) % len(rows)]]
+    shallow = study.layers["shallow"]
+    size = (study.size, study.size)
+
+    x = datasets.load_batch(part, size=study.size).to(study.device)
+    captured = capture(study.model, x, study.captured_layers, part["target"].tolist())
+    next_x = datasets.load_batch(following, size=study.size).to(study.device)
+    next_captured = capture(study.model, next_x, shallow.split("+"), following["target"].tolist())
+    own = cam_at(captured, layer_cam, shallow, size)
+    donor = torch.cat([own[1:], cam_at(next_captured, layer_cam, shallow, size)])
+
+    ids = list(part["id"])
+    maps = method_maps(captured, x, study.layers, study.alpha, study.rule, ids, study.seed, donor)
+    return x, captured.target, {name: maps[name] for name in study.methods}
+
+
+def measure(study: Study, rows, count: int, extra: int = 0) -> list[dict]:
+    """All records (image, method, metric, baseline, value) of the first `count` rows; the costly
+    extras of the first `extra`. The row behind them lends its LayerCAM to a control, see
+    `explain_rows`.
+    """
+    part = rows.iloc[:count]
+    x, target, maps = explain_rows(study, rows, 0, count)
+    main = {name: m for name, m in maps.items() if name not in FURTHER}
+    first = study.baselines[0]
+    records = mask_out(study, part, x, target, maps)
+    records += localise(study, part, maps)
+    records += perturb(study, part, x, target, maps, first)
+    records += perturb(study, part, x, target, main, first, block=BLOCK)
+    if extra:
+        main = {name: m[:extra] for name, m in main.items()}
+        records += _measure_extras(study, part.iloc[:extra], x[:extra], target[:extra], main)
+    return records
+
+
+def _measure_extras(
+    study: Study, part, x: Tensor, target: Tensor, maps: Mapping[str, Tensor]
+) -> list[dict]:
+    """Further baselines; more steps, for the methods whose curves are drawn; and RISE, of whose map
+    only the order counts: it stands on a pedestal, since every mask leaves some probability
+    everywhere.
+    """
+    first = study.baselines[0]
+    records = []
+    for baseline in study.baselines[1:]:
+        records += perturb(study, part, x, target, maps, baseline)
+    if study.fine_steps:
+        drawn = {name: maps[name] for name in CURVES}
+        records += perturb(study, part, x, target, drawn, first, steps=study.fine_steps)
+    if study.rise_masks:
+        settings = (study.seed, study.batch_size, study.precision)
+        found = {
+            "rise": rise(study.model, x, target, list(part["id"]), study.rise_masks, *settings)
+        }
+        records += perturb(study, part, x, target, found, first)
+        records += perturb(study, part, x, target, found, first, block=BLOCK)
+        by_order = ("pointing", "pointing_15", "average_precision")
+        records += [r for r in localise(study, part, found) if r["metric"] in by_order]
+    return records
+
+
+def mask_out(
+    study: Study, part, x: Tensor, target: Tensor, maps: Mapping[str, Tensor]
+) -> list[dict]:
+    """Records of drop, increase and gain (see `confidence_change`), of the share of tied pixels and
+    of empty maps.
+    """
+    settings = (study.batch_size, study.precision)
+    clean = probabilities(study.model, x, *settings).gather(1, target[:, None])[:, 0]
+    records = []
+    for name, m in maps.items():
+        found = confidence_change(study.model, x, m, target, clean, *settings)
+        found["ties"] = tie_fraction(m)
+        found["empty"] = (m.amax((1, 2)) == 0).cpu().numpy()
+        records += _records(part, name, found)
+    return records
+
+
+def localise(study: Study, part, maps: Mapping[str, Tensor]) -> list[dict]:
+    """Records of how well maps point at the object, for the images where its place is known: by a
+    mask, or by boxes.
+    """
+    known = np.flatnonzero(part["truth"] != "")
+    if not len(known):
+        return []
+    part = part.iloc[known]
+    masks = datasets.load_masks(part, size=study.size)
+    hulls = datasets.load_masks(part, "hull", study.size) if "hull" in part else masks
+    boxed = np.flatnonzero(~part["boxes"].isin(["", "[]"]))
+    boxes = datasets.load_boxes(part.iloc[boxed], study.size)
+    records = []
+    for name, m in maps.items():
+        m = m[known].cpu()
+        threshold = study.thresholds.get(name, 0.5)
+        found = {
+            "pointing": pointing_game(m, masks),
+            "pointing_15": pointing_game(m, masks, 15),
+            "energy": energy_in_mask(m, masks),
+            "energy_hull": energy_in_mask(m, hulls),
+            "average_precision": average_precision(m, masks),
+            "iou": iou(m, masks, threshold),
+        }
+        records += _records(part, name, found)
+        if len(boxed):
+            found = {"box": box_iou(m[boxed], boxes, threshold) >= 0.5}
+            records += _records(part.iloc[boxed], name, found)
+    return records
+
+
+def perturb(
+    study: Study,
+    part,
+    x: Tensor,
+    target: Tensor,
+    maps: Mapping[str, Tensor],
+    baseline: str,
+    steps: int = 0,
+    block: int = 0,
+) -> list[dict]:
+    """Records of the areas of insertion and deletion with one baseline, and of the curves' points.
+
+    By pixels, with the study's steps: "insertion", "deletion". With other steps: "insertion_fine",
+    "deletion_fine". By blocks of block x block pixels: "insertion_blocks", "deletion_blocks". These
+    have no points.
+    """
+    ending = "_blocks" if block else "_fine" if steps else ""
+    steps = steps or study.steps
+    if block:
+        steps = min(steps, math.ceil(x.shape[2] / block) * math.ceil(x.shape[3] / block))
+    twins = None
+    if baseline == "twin":
+        twins = datasets.load_batch(part, "twin", study.size).to(study.device)
+    start, end = baselines(x, baseline, twins)
+    settings = (study.seed, steps, study.batch_size, study.precision, block)
+    curves = faithfulness(study.model, x, maps, target, list(part["id"]), start, end, *settings)
+    records = []
+    for metric, by_method in curves.items():
+        for name, curve in by_method.items():
+            found = _records(part, name, {metric + ending: auc(curve)}, baseline)
+            if not ending:
+                for record, points in zip(found, curve.tolist(), strict=True):
+                    record["points"] = [round(p, 6) for p in points]
+            records += found
+    return records
+
+
+def _records(part, method: str, found: Mapping[str, Sequence], baseline: str = "") -> list[dict]:
+    """One record for each image and metric; found: {metric: a value for each row of part}."""
+    records = []
+    for metric, values in found.items():
+        for image, value in zip(part["id"], values, strict=True):
+            about = {"image": image, "method": method, "metric": metric, "baseline": baseline}
+            records.append(about | {"value": float(value)})
+    return records
+
+
+# ---- measuring a study
+
+
+def pictures_of(rows, size: int) -> tuple[list[np.ndarray], list[Tensor | None]]:
+    """(pictures, masks) of a table's rows, to be shown: arrays (size, size, 3), and for each the
+    object's mask, or None where its place is not known.
+    """
+    pictures = []
+    masks = []
+    for k, row in enumerate(rows.to_dict("records")):
+        pictures.append(np.asarray(datasets.read_image(row["file"]).resize((size, size))))
+        known = row["truth"] != ""
+        masks.append(datasets.load_masks(rows.iloc[[k]], size=size)[0] if known else None)
+    return pictures, masks
+
+
+def slider_factors(study: Study, rows, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """What the report's slider fuses, for slider.npz: the hybrid's two factors and those of the
+    same-layer hybrid, (B, 4, H, W) in 256 steps.
+
+    The steps are even in the square root of a map, because a small power lifts small values: with
+    even steps of the map itself, what falls below half a step would be zero, and 0.001 to the power
+    of 0.2 is a quarter. Where the object's place is not known its mask is empty.
+    """
+    _, target, maps = explain_rows(study, rows)
+    _, masks = pictures_of(rows, study.size)
+    factors = ("grad_cam_coarse", "layer_cam_shallow", "grad_cam", "layer_cam")
+    stacked = torch.stack([maps[name] for name in factors], 1).cpu()
+    empty = np.zeros((study.size, study.size), bool)
+    deep = study.layers["deep"]
+    return {
+        "ids": np.array(list(rows["id"])),
+        "predicted": np.array([class_names[k] for k in target.tolist()]),
+        "probability": rows["p_image"].to_numpy(float),
+        "maps": (255 * stacked.sqrt()).round().byte().numpy(),
+        "masks": np.stack([empty if mask is None else mask.numpy() for mask in masks]),
+        "layers": np.array([study.layers["coarse"], study.layers["shallow"], deep, deep]),
+        "alpha": np.array(study.alpha),
+        "rule": np.array(study.rule),
+        "run": np.bytes_(RUN_ID),
+    }
+
+
+def shards(study: Study, rows) -> list[tuple[pd.DataFrame, int, int, dict]]:
+    """The groups of eight images that `measure` takes: (rows, count, extra, key), key for
+    `runs.cached`.
+
+    rows of a group holds one image more than count, see `explain_rows`; key holds all that decides
+    what comes out. Groups know nothing of each other, so they can be measured in any order and on
+    any machine.
+    """
+    names = [field.name for field in fields(study) if field.name not in ("model", "n_extra")]
+    found = []
+    for begin in range(0, len(rows), GROUP):
+        count = min(GROUP, len(rows) - begin)
+        part = rows.iloc[[(begin + k) % len(rows) for k in range(count + 1)]]
+        extra = max(0, min(count, study.n_extra - begin))
+        key = _key(study, part, names) | {"count": count, "extra": extra}
+        found.append((part, count, extra, key))
+    return found
+
+
+def _key(study: Study, rows, names: Sequence[str]) -> dict:
+    """What decides about something that is computed from these rows: the study's fields of these
+    names, the images' bytes, code, threads and versions.
+    """
+    key = {name: getattr(study, name) for name in names}
+    key |= runs.numerics(study.device)
+    key["code"] = runs.code_hash(*CAMS.values(), *FUSIONS.values())
+    key["files"] = []
+    for column in FILES:
+        if column in rows:
+            key["files"] += [sha256(file) if file else "" for file in rows[column]]
+    for column in ("id", "target", "truth", "boxes"):
+        key[column] = rows[column].tolist()
+    return key
+
+
+def measure_all(study: Study, rows, folder: str | Path) -> pd.DataFrame:
+    """The records of all rows as a table. Groups that were measured before come from the cache in
+    `folder`.
+    """
+    records = []
+    for part, count, extra, key in tqdm(
+        shards(study, rows), desc=study.arch, unit=" groups of images"
+    ):
+        records += runs.cached(folder, key, functools.partial(measure, study, part, count, extra))
+    return pd.DataFrame(records)
+
+
+def bf16_error(study: Study, rows) -> np.ndarray:
+    """How far areas scored in bfloat16 lie from those in float32: Grad-CAM and hybrid, insertion
+    and deletion.
+    """
+    x, target, maps = explain_rows(study, rows)
+    two = {name: maps[name] for name in ("grad_cam", "hybrid")}
+    values = {}
+    for precision in ("float32", "bf16"):
+        records = perturb(
+            replace(study, precision=precision), rows, x, target, two, study.baselines[0]
+        )
+        values[precision] = np.array([record["value"] for record in records])
+    return np.abs(values["bf16"] - values["float32"])
+
+
+def costs(study: Study, rows, rounds: int = 5) -> pd.DataFrame:
+    """Seconds per image of a map at the input's size, forward pass included, and the ratio to a
+    bare forward pass.
+
+    Medians of interleaved rounds, so that a slow moment of the machine falls on all methods; the
+    ratio is taken within a round. A first round warms up and does not count.
+    """
+    x = datasets.load_batch(rows, size=study.size).to(study.device)
+    one_pass = [
+        m for m in study.methods if m in CAMS or m in ("layer_cam_shallow", "hybrid_same", "hybrid")
+    ]
+    times = []
+    for _ in range(rounds + 1):
+        times.append({name: _seconds(study, name, x) for name in ["forward", *one_pass]})
+    times = pd.DataFrame(times).iloc[1:] / len(x)
+    ratio = times.div(times["forward"], axis=0).median()
+    found = pd.DataFrame({"seconds": times.median(), "ratio": ratio})
+    return found.rename_axis("method").reset_index()
+
+
+def _seconds(study: Study, method: str, x: Tensor) -> float:
+    """How long one method takes for the images x; "forward" is a bare forward pass in the same
+    memory layout.
+    """
+    deep = study.layers["deep"]
+    size = tuple(x.shape[2:])
+    begin = time.perf_counter()
+    if method == "forward":
+        probabilities(study.model, x, len(x))
+    elif method in ("hybrid", "hybrid_same"):
+        coarse = study.layers["coarse"] if method == "hybrid" else deep
+        shallow = study.layers["shallow"] if method == "hybrid" else deep
+        captured = capture(study.model, x, [*shallow.split("+"), *coarse.split("+")])
+        hybrid(
+            cam_at(captured, grad_cam, coarse, size),
+            cam_at(captured, layer_cam, shallow, size),
+            study.alpha,
+        )
+    elif method == "layer_cam_shallow":
+        shallow = study.layers["shallow"]
+        cam_at(capture(study.model, x, shallow.split("+")), layer_cam, shallow, size)
+    else:
+        cam_at(capture(study.model, x, deep), CAMS[method], deep, size)
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
+
+
+# ---- judging
+
+
+def endpoints(baseline: str) -> list[tuple[str, str]]:
+    """The primary endpoints as (metric, baseline), in the order in which
+    docs/primary_endpoints.json fixed them; baseline: that of insertion and deletion.
+    """
+    file = HOME / "docs" / "primary_endpoints.json"
+    fixed = json.loads(file.read_text("utf-8"))["endpoints"]
+    return [(e["metric"], baseline if e["baseline"] else "") for e in fixed]
+
+
+def is_confirmatory(run) -> bool:
+    """Whether data, baseline and fusion are those for which the primary endpoints were fixed
+    beforehand.
+    """
+    s = run.settings
+    fusion_chosen = s.layer == s.alpha == s.shallow_layer == s.rule == "auto"
+    return s.dataset == "synthetic" and s.baseline.startswith("twin") and fusion_chosen
+
+
+def judge(metrics, primary: Sequence[tuple[str, str]], seed: int = 0) -> pd.DataFrame:
+    """Every method against Grad-CAM, paired by image: the rows of `compare`, with `primary` and
+    `p_holm`.
+
+    metrics: records of `measure`. primary: (metric, baseline) of the endpoints whose p for the
+    hybrid are corrected together. RISE is compared on the images that it was measured on. Ties and
+    empty maps are no contest.
+    """
+    metrics = metrics[~metrics["metric"].isin(["ties", "empty"])]
+    is_rise = metrics["method"] == "rise"
+    found = statistics.compare(metrics[~is_rise], "grad_cam", seed)
+    if is_rise.any():
+        keys = ["image", "metric", "baseline"]
+        same = metrics[metrics["method"] == "grad_cam"].merge(metrics.loc[is_rise, keys], on=keys)
+        pair = statistics.compare(pd.concat([metrics[is_rise], same]), "grad_cam", seed)
+        found = pd.concat([found, pair[pair["method"] == "rise"]], ignore_index=True)
+    found["primary"] = (found["method"] == "hybrid") & _of_kinds(found, primary)
+    found["p_holm"] = np.nan
+    tested = found["primary"] & ~found["identical"]
+    found.loc[tested, "p_holm"] = statistics.holm(found.loc[tested, "p"])
+    return found
+
+
+def table_of_means(summary, metrics) -> pd.DataFrame:
+    """The means of all methods on all metrics, a row for each method: rows of `judge`, and the
+    records that they come from, for tied pixels and empty maps.
+    """
+    methods = summary["method"].unique()
+    known = [name for name in figures.STYLE if name in methods]
+    known += [name for name in methods if name not in known]
+    found = {}
+    for (metric, baseline), part in summary.groupby(["metric", "baseline"], sort=False):
+        title = f"{metric} ({baseline})" if baseline else metric
+        found[title] = part.set_index("method")["mean"]
+    values = metrics.groupby(["metric", "method"])["value"]
+    found["tied pixels"] = values.mean()["ties"]
+    found["empty maps"] = values.sum()["empty"]
+    return pd.DataFrame(found).reindex(known).rename(figures.label).rename_axis("method")
+
+
+def against_controls(metrics, kinds: Sequence[tuple[str, str]], seed: int = 0) -> pd.DataFrame:
+    """The hybrid against every resolution-matched control: rows of `compare`, with the control as
+    their reference.
+    """
+    measured = set(metrics["method"])
+    found = []
+    for control in MATCHED:
+        if control in measured and control != "hybrid_coarse":
+            pair = metrics[metrics["method"].isin([control, "hybrid"]) & _of_kinds(metrics, kinds)]
+            found.append(statistics.compare(pair, control, seed))
+    found = pd.concat(found)
+    return found[found["method"] == "hybrid"].reset_index(drop=True)
+
+
+def by_group(
+    metrics, groups: Mapping, kinds: Sequence[tuple[str, str]], seed: int = 0
+) -> pd.DataFrame:
+    """The hybrid against Grad-CAM within groups of images: rows of `compare`, with `group`. groups:
+    {image: name}, as a dict or a Series. A group of one image is left out; without any the table is
+    empty.
+    """
+    pair = metrics[metrics["method"].isin(["grad_cam", "hybrid"]) & _of_kinds(metrics, kinds)]
+    pair = pair.assign(group=pair["image"].map(groups))
+    found = []
+    for name, part in pair.groupby("group", observed=True):
+        if part["image"].nunique() > 1:
+            table = statistics.compare(part, "grad_cam", seed).assign(group=name)
+            found.append(table[table["method"] == "hybrid"])
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def area_groups(areas: pd.Series, cell: float) -> pd.Series:
+    """{image: class of its object's area}, areas and cell as shares of the image: up to one cell of
+    the deep layer, up to 5 %, up to 10 %, and above.
+    """
+    bounds = [cell, *(bound for bound in (0.05, 0.1) if bound > cell)]
+    names = ["≤ 1 cell", *(f"≤ {bound:.0%}" for bound in bounds[1:]), f"> {bounds[-1]:.0%}"]
+    return pd.cut(areas, [0, *bounds, 1], labels=names)
+
+
+def by_number(metrics, order: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """The methods against Grad-CAM on the first 10, 30, 100, ... images of `order`, and on all:
+    rows of `compare`, with `deviation`, the standard deviation over images.
+    """
+    tables = []
+    for n in [*(n for n in (10, 30, 100, 300, 1000, 3000) if n < len(order)), len(order)]:
+        part = metrics[metrics["image"].isin(order[:n])]
+        spread = part.groupby(["metric", "method"])["value"].std().rename("deviation")
+        tables.append(
+            statistics.compare(part, "grad_cam", seed).join(spread, on=["metric", "method"])
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _of_kinds(table, kinds: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Which rows have one of these pairs of metric and baseline."""
+    return pd.MultiIndex.from_frame(table[["metric", "baseline"]]).isin(list(kinds))
+
+
+# ---- sanity: does a map follow the question, and does it depend on what the network learned?
+
+
+def pairs_of(frame, class_names: Sequence[str]) -> pd.DataFrame:
+    """The images with two lesions whose classes the network knows, with class and class_b as its
+    indices; few data sets have any.
+    """
+    pairs = frame[(frame["split"] == "pairs") & frame["label"].isin(class_names)].reset_index(
+        drop=True
+    )
+    if pairs.empty:
+        return pairs
+    index = {name: k for k, name in enumerate(class_names)}
+    return pairs.assign(
+        **{"class": pairs["label"].map(index), "class_b": pairs["label_b"].map(index)}
+    )
+
+
+def discrimination(study: Study, pairs) -> pd.DataFrame:
+    """Records of how well maps follow the question, on images with a lesion of each of two classes.
+
+    Asked about one class: energy on its lesion / energy on both, 0.5 for a map that does not care.
+    "discrimination" is the mean of that over the two questions; "both_right" whether it is above
+    0.5 for both.
+    """
+    records = []
+    for begin in range(0, len(pairs), GROUP):
+        part = pairs.iloc[begin : begin + GROUP]
+        lesion = datasets.load_masks(part, size=study.size)
+        other = datasets.load_masks(part, "mask_b", study.size)
+        first = _share_on_the_right(
+            study, pairs.assign(target=pairs["class"]), begin, lesion, other
+        )
+        second = _share_on_the_right(
+            study, pairs.assign(target=pairs["class_b"]), begin, other, lesion
+        )
+        for name in study.methods:
+            both = np.stack([first[name], second[name]])
+            found = {"discrimination": both.mean(0), "both_right": both.min(0) > 0.5}
+            records += _records(part, name, found)
+    return pd.DataFrame(records)
+
+
+def _share_on_the_right(
+    study: Study, pairs, begin: int, right: Tensor, wrong: Tensor
+) -> dict[str, np.ndarray]:
+    """{method: energy on the right lesion / energy on both}, for the rows that have the masks."""
+    _, _, maps = explain_rows(study, pairs, begin, len(right))
+    found = {}
+    for name, m in maps.items():
+        on_right = energy_in_mask(m.cpu(), right)
+        on_wrong = energy_in_mask(m.cpu(), wrong)
+        found[name] = on_right / np.maximum(on_right + on_wrong, 1e-12)
+    return found
+
+
+def randomisation(study: Study, rows, folder: str | Path) -> pd.DataFrame:
+    """Similarity of maps with the original ones while the network is randomised from the classifier
+    downward: records with stage (1, 2, ...) and layer. Kept in the cache in `folder`.
+    """
+    decide = ("arch", "weights", "size", "layers", "alpha", "rule", "methods", "seed")
+    key = _key(study, rows, decide) | {"what": "randomisation"}
+    return pd.DataFrame(runs.cached(folder, key, functools.partial(_randomisation, study, rows)))
+
+
+def _randomisation(study: Study, rows) -> list[dict]:
+    _, target, before = explain_rows(study, rows)
+    rows = rows.assign(target=target.tolist())
+    records = []
+    for stage, (layer, forgetful) in enumerate(randomise_cascade(study.model, study.seed), 1):
+        _, _, after = explain_rows(replace(study, model=forgetful), rows)
+        for name in before:
+            found = similarity(before[name], after[name])
+            for record in _records(rows, name, found):
+                records.append({"stage": stage, "layer": layer, **record})
+    return records
+
+
+def class_sensitivity(study: Study, rows) -> pd.DataFrame:
+    """Records of how alike the maps for the most and for the least likely class are:
+    "class_spearman", "class_ssim", "class_constant".
+    """
+    x, _, likely = explain_rows(study, rows)
+    least = probabilities(study.model, x, study.batch_size).argmin(1)
+    _, _, unlikely = explain_rows(study, rows.assign(target=least.tolist()))
+    records = []
+    for name in likely:
+        found = similarity(likely[name], unlikely[name])
+        records += _records(
+            rows, name, {f"class_{metric}": values for metric, values in found.items()}
+        )
+    return pd.DataFrame(records)
+
+
+# ---- the shortcut: could a person have found the cheat?
+
+
+def cheating_study(run, study: Study) -> tuple[Study, dict]:
+    """(the same study of the network that notebook 01 taught to cheat, what is known of that
+    network).
+    """
+    file = run.data / "shortcut" / "checkpoints" / f"{study.arch}.pth"
+    if not file.is_file():
+        raise ValueError(
+            f"shortcut: there is no {file}. Run notebook 01 with shortcut = true first."
+        )
+    model, info = networks.load(study.arch, file, study.device)
+    if info["key"]["start"] != study.weights:
+        raise ValueError(
+            f"shortcut: {file} was made from another network. Run notebook 01 with shortcut = true "
+            "again."
+        )
+    return replace(study, model=model, weights=info["sha256"]), info
+
+
+def cheated_rows(honest: Study, cheating: Study, folder: str | Path) -> tuple[pd.DataFrame, int]:
+    """(the images on which the cheat decides, of how many): those with an R that both networks call
+    a ring, p > 0.5, the cheating one because of the letter: with L in the place of R its p falls by
+    more than 0.5. Their target is the ring.
+    """
+    rings = datasets.read(folder)
+    rings = rings[rings["letter"] == "R"]
+    rings = rings.assign(target=rings["class"])
+    for column in ("moved", "marker"):
+        rings[column] = [str(Path(folder) / name) for name in rings[column]]
+    ring = int(rings["target"].iloc[0])
+    fall = _probability(cheating, rings, "file", ring) - _probability(
+        cheating, rings, "moved", ring
+    )
+    fooled = (fall > 0.5) & (_probability(honest, rings, "file", ring) > 0.5)
+    return rings[fooled].reset_index(drop=True), len(rings)
+
+
+def _probability(study: Study, rows, column: str, k: int) -> np.ndarray:
+    """The probability of class k for the images in a column of a table: (n,)."""
+    found = []
+    for begin in range(0, len(rows), study.batch_size):
+        x = datasets.load_batch(rows.iloc[begin : begin + study.batch_size], column, study.size)
+        found.append(probabilities(study.model, x, study.batch_size)[:, k].cpu())
+    return torch.cat(found).numpy()
+
+
+def on_marker(study: Study, rows) -> pd.DataFrame:
+    """Records of what maps show of the marker: "energy", the share of a map's sum on it; "found",
+    whether that is more than five times the marker's share of the image; "hottest", whether the
+    maximum lies on it, or within 15 pixels.
+    """
+    records = []
+    for begin in range(0, len(rows), GROUP):
+        part = rows.iloc[begin : begin + GROUP]
+        _, _, maps = explain_rows(study, rows, begin, len(part))
+        marker = datasets.load_masks(part, "marker", study.size)
+        area = marker.double().mean((1, 2)).numpy()
+        for name, m in maps.items():
+            energy = energy_in_mask(m.cpu(), marker)
+            hottest = pointing_game(m.cpu(), marker, 15)
+            found = {"energy": energy, "found": energy > 5 * area, "hottest": hottest}
+            records += _records(part, name, found)
+    return pd.DataFrame(records)
+
+
+def exposure(honest, cheating, seed: int = 0) -> pd.DataFrame:
+    """The cheating network against the honest one, for every map and metric of `on_marker`, paired
+    by image.
+    """
+    records = pd.concat([honest.assign(network="honest"), cheating.assign(network="cheating")])
+    found = []
+    for metric, part in records.groupby("metric", sort=False):
+        # each map takes the place of a metric, and the two networks that of the methods
+        part = part.assign(metric=part["method"], method=part["network"])
+        table = statistics.compare(part, "honest", seed)
+        table = table[table["method"] == "cheating"]
+        found.append(table.assign(method=table["metric"], metric=metric))
+    found = pd.concat(found, ignore_index=True)
+    found = found.rename(columns={"reference_mean": "honest", "mean": "cheating"})
+    kept = [
+        "metric",
+        "method",
+        "n",
+        "honest",
+        "cheating",
+        "difference",
+        "low",
+        "high",
+        "p",
+        "effect",
+        "won",
+    ]
+    return found[kept]

@@ -4,7 +4,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 stand=$PWD
 cd "$here"
-source .ci/setup.sh
+source runner/setup.sh
 set_up requirements.txt
 cd "$stand"  # files named on the command line are seen from where the user stands
-exec "$python" "$here/pipeline.py" "$@"
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -P -m runner.pipeline "$@"

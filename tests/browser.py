@@ -1,4 +1,6 @@
-"""Headless Chromium over its own pipe: pages are opened as a person would, and asked what they show and request."""
+"""Headless Chromium over its own pipe: pages are opened as a person would, and asked what they show
+and request.
+"""
 
 import json
 import os
@@ -8,26 +10,37 @@ import subprocess
 import tempfile
 import time
 
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --remote-debugging-pipe"
-FLAGS += " --disable-component-update --disable-sync --hide-scrollbars"
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
+FLAGS += " --remote-debugging-pipe --disable-component-update --disable-sync --hide-scrollbars"
 
 
 def chromium():
     """The path of Chromium or Chrome; None where there is none."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
 
 
 class Browser:
-    """One page of a headless browser: `open`, `ask` JavaScript, and what was requested and complained about since."""
+    """One page of a headless browser: `open`, `ask` JavaScript, and what was requested and
+    complained about since.
+    """
 
     def __init__(self):
         self.profile = tempfile.mkdtemp()
         to_browser, self.pen = os.pipe()
         self.ear, from_browser = os.pipe()
-        high = [os.dup2(to_browser, 203), os.dup2(from_browser, 204)]  # then 3 and 4, as the protocol wants them
+        high = [
+            os.dup2(to_browser, 203),
+            os.dup2(from_browser, 204),
+        ]  # then 3 and 4, as the protocol wants them
         command = f'exec "$0" {FLAGS} --user-data-dir="$1" about:blank 3<&203 4>&204'
-        self.process = subprocess.Popen(["bash", "-c", command, chromium(), self.profile], pass_fds=high,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        self.process = subprocess.Popen(
+            ["bash", "-c", command, chromium(), self.profile],
+            pass_fds=high,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for number in (to_browser, from_browser, *high):
             os.close(number)
         self.buffer, self.count, self.requests, self.complaints, self.loaded = b"", 0, [], [], False
@@ -40,14 +53,18 @@ class Browser:
 
     def receive(self):
         while b"\0" not in self.buffer:
-            assert select.select([self.ear], [], [], 60)[0], "the browser has said nothing for a minute"
+            assert select.select([self.ear], [], [], 60)[0], (
+                "the browser has said nothing for a minute"
+            )
             more = os.read(self.ear, 1 << 20)
             assert more, "the browser has ended"
             self.buffer += more
         message, _, self.buffer = self.buffer.partition(b"\0")
         message = json.loads(message)
         method, found = message.get("method"), message.get("params", {})
-        if method == "Network.requestWillBeSent" and not found["request"]["url"].startswith("data:"):
+        if method == "Network.requestWillBeSent" and not found["request"]["url"].startswith(
+            "data:"
+        ):
             self.requests.append(found["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(found))
@@ -72,8 +89,13 @@ class Browser:
     def open(self, address, width=1280, height=900, dark=False):
         """Load a page in a window of this size; requests and complaints count from here."""
         self.requests, self.complaints, self.loaded = [], [], False
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 500)  # fmt: skip
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 500,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         for each in ("about:blank", address):  # from one hash to another nothing would be loaded
@@ -83,8 +105,12 @@ class Browser:
                 self.receive()
 
     def ask(self, expression):
-        """The value of a JavaScript expression, a promise's included; an exception there is an AssertionError here."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        """The value of a JavaScript expression, a promise's included; an exception there is an
+        AssertionError here.
+        """
+        found = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

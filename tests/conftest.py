@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# How many cases test_properties.py generates: the same few each time, or, with HYPOTHESIS_PROFILE=long, other ones each
-# time and many, of which hypothesis keeps a failing one (in .hypothesis/) and prints it.
-settings.register_profile("short", max_examples=60, derandomize=True, deadline=None, database=None)
+# How many cases test_properties.py generates: the same few each time, or, with
+# HYPOTHESIS_PROFILE=long, other ones each time and many, of which hypothesis keeps a failing one
+# (in .hypothesis/) and prints it.
+settings.register_profile("short", max_examples=20, derandomize=True, deadline=None, database=None)
 settings.register_profile("long", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 

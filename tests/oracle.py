@@ -1,4 +1,4 @@
-"""PROTOCOL.md transcribed: plain, slow, image by image and pixel by pixel. Imports only numpy; knows no torch.
+"""The measures written down as their papers say: plain, slow, pixel by pixel. Imports only numpy.
 
 A model is a callable that takes one image (C, H, W) and returns its K logits, both as arrays.
 """
@@ -12,7 +12,9 @@ def softmax(logits):
 
 
 def order(attribution, tie_break):
-    """Pixel indices, largest attribution first; of two that are equal, the one that comes first in tie_break."""
+    """Pixel indices, largest attribution first; of two that are equal, the one that comes first in
+    tie_break.
+    """
     flat = np.asarray(attribution).ravel()
     place = {pixel: k for k, pixel in enumerate(tie_break)}
     return sorted(range(flat.size), key=lambda pixel: (-flat[pixel], place[pixel]))
@@ -27,10 +29,13 @@ def places(attribution, tie_break):
 
 
 def block_places(attribution, tie_break, block):
-    """The place of every pixel's block, blocks ordered by the mean of the pixels they really have."""
+    """The place of every pixel's block, by the mean of the pixels that the block really has."""
     height, width = attribution.shape
     rows, columns = range(0, height, block), range(0, width, block)
-    blocks = [[attribution[r : r + block, c : c + block].mean(dtype=np.float64) for c in columns] for r in rows]
+    blocks = [
+        [attribution[r : r + block, c : c + block].mean(dtype=np.float64) for c in columns]
+        for r in rows
+    ]
     of_blocks = places(np.array(blocks, dtype=np.float32), tie_break)
     found = np.empty((height, width), dtype=int)
     for row in range(height):
@@ -40,12 +45,15 @@ def block_places(attribution, tie_break, block):
 
 
 def group_ends(count, steps):
-    """How many places are replaced after each of the steps: groups equal to within one place, none dropped."""
+    """How many places are replaced after each of the steps: groups equal to within one place, none
+    dropped.
+    """
     return [s * count // steps for s in range(steps + 1)]
 
 
 def curve(model, start, end, place, target, steps):
-    """Probability of the target while start becomes end, all channels together; place: (H, W), see `places`.
+    """Probability of the target while start becomes end, all channels together; place: (H, W), see
+    `places`.
 
     Every point is a picture of its own, made anew from start and end.
     """
@@ -67,9 +75,11 @@ def auc(values):
 
 
 def rise_kernel(size=11, sigma=5.0):
-    """A unit impulse, Gaussian-filtered along both axes with a reflecting border (d c b a | a b c d | d c b a).
+    """A unit impulse, Gaussian-filtered along both axes with a reflecting border (d c b a | a b c d
+    | d c b a).
 
-    SciPy cuts the Gaussian at 4 sigma, so it is wider than the kernel and is reflected several times.
+    SciPy cuts the Gaussian at 4 sigma, so it is wider than the kernel and is reflected several
+    times.
     """
     radius = int(4 * sigma + 0.5)
     weight = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -90,14 +100,16 @@ def blur(image, kernel):
     out = np.zeros_like(image)
     for row in range(image.shape[1]):
         for column in range(image.shape[2]):
-            out[:, row, column] = (padded[:, row : row + len(kernel), column : column + len(kernel)] * kernel).sum(
-                (1, 2)
-            )
+            out[:, row, column] = (
+                padded[:, row : row + len(kernel), column : column + len(kernel)] * kernel
+            ).sum((1, 2))
     return out
 
 
 def pointing(attribution, mask, tolerance=0):
-    """Of the pixels that share the map's maximum, the part at most `tolerance` from some pixel of the mask."""
+    """Of the pixels that share the map's maximum, the part at most `tolerance` from some pixel of
+    the mask.
+    """
     if attribution.max() <= 0:
         return 0.0
     inside = list(zip(*np.nonzero(mask), strict=True))
@@ -114,7 +126,9 @@ def energy(attribution, mask):
 
 
 def average_precision(attribution, mask):
-    """sum over thresholds of (recall gained) x (precision there); equal values fall below a threshold together."""
+    """sum over thresholds of (recall gained) x (precision there); equal values fall below a
+    threshold together.
+    """
     score, truth = attribution.ravel(), mask.ravel()
     total = recall = 0.0
     for threshold in sorted(set(score.tolist()), reverse=True):
@@ -142,31 +156,23 @@ def confidence(model, image, attribution, target):
     return 0.0, 1.0, (after - before) / (1 - before)
 
 
-def enlarged(grid, height, width):
-    """Bilinear with pixel centres at i + 1/2, beyond the outermost centres their values."""
-
-    def weights(large, small):
-        w = np.zeros((large, small))
-        for k in range(large):
-            place = min(max((k + 0.5) * small / large - 0.5, 0), small - 1)
-            for cell in range(small):
-                w[k, cell] = max(0, 1 - abs(place - cell))
-        return w
-
-    return weights(height, grid.shape[0]) @ grid @ weights(width, grid.shape[1]).T
-
-
-def rise_mask(grid, shift, height, width):
-    """RISE, section 3.2: the grid enlarged to (cells + 1) cells' size, cut at the shift."""
-    cells = len(grid)
-    cell_height, cell_width = -(-height // cells), -(-width // cells)
-    large = enlarged(grid, (cells + 1) * cell_height, (cells + 1) * cell_width)
-    return large[shift[0] : shift[0] + height, shift[1] : shift[1] + width]
+def weights(large, small):
+    """Bilinear, as a matrix (large, small): centres at i + 1/2, the outermost values go on."""
+    w = np.zeros((large, small))
+    for k in range(large):
+        place = min(max((k + 0.5) * small / large - 0.5, 0), small - 1)
+        for cell in range(small):
+            w[k, cell] = max(0, 1 - abs(place - cell))
+    return w
 
 
 def rise(model, image, target, masks, keep):
-    """RISE, section 3.1: masks weighted by what the model says of the masked images; over the maximum at the end."""
-    total = sum(softmax(model((image * m).astype(image.dtype)))[target] * m for m in masks) / (len(masks) * keep)
+    """RISE, section 3.1: masks weighted by what the model says of the masked images; over the
+    maximum at the end.
+    """
+    total = sum(softmax(model((image * m).astype(image.dtype)))[target] * m for m in masks) / (
+        len(masks) * keep
+    )
     return total / total.max()
 
 
@@ -181,7 +187,9 @@ def iou(attribution, mask, threshold):
 
 
 def regions(chosen):
-    """Sets of pixels that hang together over edges and corners, in reading order of their first pixels."""
+    """Sets of pixels that hang together over edges and corners, in reading order of their first
+    pixels.
+    """
     left, found = list(zip(*map(list, np.nonzero(chosen)), strict=True)), []
     todo = set(left)
     for start in left:
@@ -200,11 +208,15 @@ def regions(chosen):
 
 
 def box_iou(attribution, boxes, threshold):
-    """Pixel by pixel: the box around the largest region against each of the boxes, the best of them."""
+    """Pixel by pixel: the box around the largest region against each of the boxes, the best of
+    them.
+    """
     top = attribution.max()
     if top <= 0:
         return 0.0
-    region = max(regions(attribution / top >= attribution.dtype.type(threshold)), key=len)  # the first of the largest
+    region = max(
+        regions(attribution / top >= attribution.dtype.type(threshold)), key=len
+    )  # the first of the largest
     rows, columns = [r for r, _ in region], [c for _, c in region]
     drawn = np.zeros(attribution.shape, bool)
     drawn[min(rows) : max(rows) + 1, min(columns) : max(columns) + 1] = True
@@ -217,7 +229,7 @@ def box_iou(attribution, boxes, threshold):
 
 
 def spearman(a, b):
-    """Pearson's correlation of the ranks; equal values share their mean rank; 0 for a constant map."""
+    """Pearson's correlation of the ranks; equal values share a mean rank; 0 for a constant map."""
 
     def ranks(values):
         return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
@@ -229,7 +241,9 @@ def spearman(a, b):
 
 
 def ssim(a, b, size=7):
-    """Wang et al. 2004 with a range of 1: the mean over all windows that lie in the image, sample (co)variances."""
+    """Wang et al. 2004 with a range of 1: the mean over all windows that lie in the image, sample
+    (co)variances.
+    """
     a, b = a.astype(np.float64), b.astype(np.float64)
     c1, c2, values = 0.01**2, 0.03**2, []
     for row in range(a.shape[0] - size + 1):

@@ -1,84 +1,100 @@
-"""Measuring on a Dask cluster: a real scheduler and two workers, on the loopback and without a dashboard."""
+"""Measuring on a Dask cluster: a real scheduler and two workers, on the loopback."""
 
-import hashlib
+import io
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 
-import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from nets import tiny
+from fake import contents
 from PIL import Image
 
-import cam_cluster
 import cam_core as cc
+from runner import cluster
 
 try:
     import distributed
 except ImportError:
     distributed = None
-needs_dask = pytest.mark.skipif(distributed is None, reason="pip install -r requirements-cluster.txt")
+needs_dask = pytest.mark.skipif(
+    distributed is None, reason="pip install -r requirements-cluster.txt"
+)
 
+# A network and a CAM of one's own, which the workers have to be sent; the CAM takes its time, so
+# that a worker can be killed in the middle of its work.
+NETWORK = """import time
+import torch
+from torch import nn
+import cam_core as cc
 
-@pytest.fixture(scope="module", autouse=True)
-def by_value():
-    """What is defined in this file reaches the workers as what a notebook defines does."""
-    if distributed:
-        import cloudpickle
+def slow(A, G):
+    time.sleep(0.1)
+    return (A * G.abs()).sum(1).relu()
 
-        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+cc.CAMS["slow"] = slow
 
+class Net(nn.Module):
+    image_size = 32
 
-def measure(net, rows, count, extra):
-    """A little of what notebook 05 measures; sleeps where it is told to, so that there is time to kill a worker."""
-    time.sleep(net["pause"])
-    x = cc.load_batch(rows, size=32)
-    target = net["model"](x).argmax(1)
-    shot = cc.capture(net["model"], x, "6", target)
-    maps = {name: cc.cam_at(shot, cam, "6", (32, 32)) for name, cam in list(cc.CAMS.items())}
-    maps = {name: m[:count] for name, m in maps.items()}
-    found = cc.faithfulness(net["model"], x[:count], maps, target[:count], list(rows["id"][:count]),
-                            *cc.baselines(x[:count], "rise"), steps=6)  # fmt: skip
-    return [
-        dict(image=i, method=m, metric=metric, value=float(v), extra=k < extra, process=os.getpid())
-        for metric, curves in found.items()
-        for m, curve in curves.items()
-        for k, (i, v) in enumerate(zip(rows["id"], cc.auc(curve), strict=False))
-    ]
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+"""
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for k in range(22):
-        Image.fromarray(rng.integers(0, 255, (40, 36, 3), np.uint8)).save(folder / f"i{k:02}.png")
-    return cc.read_dataset(folder)
+def values(tmp_path_factory):
+    """The parameters of notebook 05 for small images and a network of one's own."""
+    folder = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for k in range(72):
+        pixels = rng.integers(0, 255, (40, 36, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"images/i{k:02}.png")
+    (folder / "net.py").write_text(NETWORK)
+    return {
+        "dataset": str(folder / "images"),
+        "arch": f"{folder}/net.py:Net",
+        "alpha": 0.5,
+        "shallow_layer": "stem",
+        "n_images": 0,
+        "steps": 2,
+        "baseline": "rise",
+        "device": "cpu",
+        "threads": 1,
+        "results_dir": str(folder / "results"),
+    }
 
 
 @pytest.fixture
-def study(table):
-    net = dict(arch="tiny", weights="of seed 0", pause=0.0, model=tiny(0))
-
-    def run(folder, scheduler="", size=2, pause=0.0):
-        shards, keys = [], []
-        for begin in range(0, len(table), size):
-            take = table.iloc[[(begin + k) % len(table) for k in range(size + 1)]]
-            shards.append((take, min(size, len(table) - begin), 1))
-            keys.append({"images": list(take["id"]), "size": size})
-        records = cam_cluster.measured(measure, net | {"pause": pause}, shards, keys, folder, scheduler)
-        return pd.DataFrame(records)
-
-    return run
+def cams(monkeypatch):
+    """What the network's file registers is gone afterwards, and so are the threads asked for."""
+    monkeypatch.setattr(cc, "CAMS", dict(cc.CAMS))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
-def same(found, expected):
-    pd.testing.assert_frame_equal(found.drop(columns="process"), expected.drop(columns="process"), check_exact=True)
+@pytest.fixture
+def here(values, cams, tmp_path):
+    """The cache of a run that measures in this process."""
+    run = cc.runs.open(5, **values, data_dir=str(tmp_path / "here"))
+    study, rows, _ = cc.open_study(run)
+    cc.measure_all(study, rows, tmp_path / "here/cache")
+    return contents(tmp_path / "here/cache")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +102,9 @@ def scheduler():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen([*command, "--no-dashboard"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     yield f"tcp://127.0.0.1:{port}"
     process.kill()
     process.wait()
@@ -95,143 +112,87 @@ def scheduler():
 
 @pytest.fixture
 def workers(scheduler, tmp_path):
-    """Two workers, which start where there is no cam_core to import: it has to come from the client."""
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--host", "127.0.0.1", "--nthreads", "1"]
-    command += ["--no-dashboard", "--no-nanny", "--local-directory", str(tmp_path)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    found = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
-    with distributed.Client(scheduler, timeout=30, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=60)
+    """Two workers, which start where there is no cam_core to import: it has to be sent."""
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", "1"]
+    command += ["--host", "127.0.0.1", "--no-dashboard", "--no-nanny"]
+    command += ["--local-directory", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = []
+    for _ in range(2):
+        options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.DEVNULL}
+        found.append(subprocess.Popen(command, **options))
+    with distributed.Client(scheduler, timeout=60, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=120)
     yield found
     for process in found:
         process.kill()
         process.wait()
-    with distributed.Client(scheduler, timeout=30, set_as_default=False) as client:
-        end = time.monotonic() + 20
-        while client.nthreads() and time.monotonic() < end:
-            time.sleep(0.05)
 
 
 @needs_dask
-def test_two_workers_give_the_bytes_of_a_local_run_also_when_one_is_killed(study, scheduler, workers, tmp_path):
-    here = study(tmp_path / "here")
-    there = study(tmp_path / "there", scheduler)
-    same(there, here)
-    assert set(there.process) == {w.pid for w in workers} and set(here.process) == {os.getpid()}
-    stop = cam_cluster.cc.cached
+def test_two_workers_write_the_bytes_of_a_local_run_also_when_one_is_killed(
+    values, here, scheduler, workers, tmp_path, monkeypatch
+):
+    there = tmp_path / "there"
+    cluster.fill_cache({**values, "data_dir": str(there)}, scheduler)
+    assert contents(there / "cache") == here and len(here) >= 4
+
+    later = tmp_path / "later"  # another version of the code, and a worker that is lost
     written = []
+    keep = cc.runs.cached
 
     def kill_one(folder, key, make):
-        written.append(tuple(key["images"]))
-        if len(written) == 3:
+        written.append(tuple(key["id"]))
+        if len(written) == 1:
             os.kill(workers[0].pid, signal.SIGKILL)
-        return stop(folder, key, make)
+        return keep(folder, key, make)
 
-    cam_cluster.cc.cached = kill_one
-    try:
-        survived = study(tmp_path / "killed", scheduler, pause=0.2)
-    finally:
-        cam_cluster.cc.cached = stop
+    archive = io.BytesIO(cluster.packed_code())
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr("lab/more.py", "")
+    monkeypatch.setattr(cluster, "packed_code", archive.getvalue)
+    monkeypatch.setattr(cc.runs, "cached", kill_one)
+    cluster.fill_cache({**values, "data_dir": str(later)}, scheduler)
     workers[0].wait(10)
-    same(survived, here)
-    assert survived.groupby(["method", "metric"]).image.apply(lambda images: images.is_unique).all()
-    assert sorted(written) == sorted(set(written)) and len(written) == 11, "each shard is written once"
-    assert workers[0].pid in set(survived.process), "it was in the middle of its work"
+    assert contents(later / "cache") == here
+    assert len(written) == len(set(written)) == len(here), "each group is written once"
+
+    cluster.fill_cache({**values, "data_dir": str(later)}, "tcp://127.0.0.1:9")  # all is there
 
 
 @needs_dask
-def test_a_cam_of_ones_own_is_measured_there_too_with_the_clients_threads(
-    study, scheduler, workers, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(cc, "CAMS", {"mine": lambda A, G: (A * G.abs()).sum(1).relu()})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)  # a worker that kept its own number would refuse the work
-    try:
-        assert set(study(tmp_path, scheduler).method) == {"mine"}
-    finally:
-        torch.set_num_threads(threads)
-
-
-@needs_dask
-def test_other_versions_and_threads_are_refused_by_name(study, scheduler, workers, tmp_path, monkeypatch):
-    from distributed import versions
-
-    true = versions._version_cached
-    with monkeypatch.context() as patch:
-        patch.setattr(versions, "_version_cached", lambda name: "1.2.3" if name == "torch" else true(name))
-        with pytest.raises(RuntimeError, match=r"worker at tcp://.* differs.*torch 2\..* there, 1.2.3 here"):
-            study(tmp_path, scheduler)
-    ask = cc.numerics
-    with monkeypatch.context() as patch:
-        patch.setattr(cc, "numerics", lambda device: ask(device) | {"instructions": "abacus"})
-        with pytest.raises(RuntimeError, match="This worker differs.*instructions .* there, abacus here"):
-            study(tmp_path, scheduler)
-    assert not list(tmp_path.glob("*.json"))
-
-
-def test_a_worker_that_cannot_have_the_clients_threads_is_refused(study, tmp_path, monkeypatch):
-    ask, threads = cc.numerics, torch.get_num_threads()
-    has = iter([threads, threads + 3, threads + 3])
-    monkeypatch.setattr(cc, "numerics", lambda device: ask(device) | {"threads": next(has)})
-    with pytest.raises(RuntimeError, match=f"threads {threads + 3} there, {threads} here"):
-        study(tmp_path)
-
-
-@needs_dask
-def test_a_scheduler_that_is_not_there_and_one_without_workers(study, scheduler, tmp_path):
+def test_a_scheduler_that_is_not_there_and_one_without_workers(scheduler):
     begin = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"scheduler='tcp://127.0.0.1:9': nothing answers.*dask scheduler"):
-        study(tmp_path, "tcp://127.0.0.1:9")
-    assert time.monotonic() - begin < 15 and not list(tmp_path.iterdir()), "no silent fall-back"
-    with pytest.raises(ConnectionError, match=f"at {scheduler} has no workers.*dask worker {scheduler}"):
-        study(tmp_path, scheduler)
+    with pytest.raises(ConnectionError, match="tcp://127.0.0.1:9': nothing answers.*dask sched"):
+        cluster.connect("tcp://127.0.0.1:9")
+    assert time.monotonic() - begin < 30
+    with pytest.raises(ConnectionError, match="has no workers.*dask worker"):
+        cluster.connect(scheduler)
 
 
-def test_without_dask_it_says_what_to_install(study, tmp_path, monkeypatch):
+def test_without_dask_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match="requirements-cluster.txt"):
-        study(tmp_path, "tcp://127.0.0.1:9")
+        cluster.connect("tcp://127.0.0.1:9")
 
 
-def test_shards_and_the_cache_do_not_matter(study, tmp_path, monkeypatch):
-    """The scored batches have 8 pictures whatever the shards are; that the last batch of a call is smaller may cost a
-    rounding error, no more (oneDNN's results can depend on a batch's shape)."""
-    one = study(tmp_path / "one", size=2)
-    again = study(tmp_path / "one", size=2)
-    same(again, one)
-    other = study(tmp_path / "other", size=11)
-    keys = ["image", "method", "metric"]
-    pairs = one.set_index(keys).value.sort_index(), other.set_index(keys).value.sort_index()
-    assert list(pairs[0].index) == list(pairs[1].index)
-    assert np.abs(pairs[0] - pairs[1]).max() < 1e-6
-    monkeypatch.setattr(cam_cluster, "measure_shard", None)  # everything is in the cache: nothing is called
-    same(study(tmp_path / "one", size=2), one)
+def test_a_worker_that_differs_is_refused_by_name():
+    class Client:
+        def get_versions(self, packages):
+            here = {"python": "3.11", "torch": "2", "numpy": "2"}
+            workers = {"tcp://w": {"packages": {**here, "torch": "1"}}}
+            return {"client": {"packages": here}, "workers": workers}
+
+    with pytest.raises(RuntimeError, match="worker at tcp://w differs.*torch 1 there, 2 here"):
+        cluster.check_versions(Client())
+    asked = {**cc.runs.numerics("cpu"), "code": "", "instructions": "abacus"}
+    order = cluster.Order(None, "", "cpu", {}, {}, asked)
+    with pytest.raises(RuntimeError, match="instructions .* there, abacus here"):
+        cluster.measure_group(order, None, 0, 0)
 
 
-def test_what_names_a_shards_result_in_notebook_05(repo):
-    """The key holds batch size, steps and seed by way of the code that reads them, and threads, device, versions."""
-    cells = nbformat.read(repo / "notebooks" / "05_evaluation.ipynb", 4).cells
-    text = "\n".join(c.source for c in cells if c.cell_type == "code")
-    assert "code=cc.code_hash(measure)" in text and "fixed |= cc.numerics(on)" in text
-    assert {"threads", "torch", "device", "instructions"} <= set(cc.numerics())
-    space, hashes = {"cc": cc, "np": np, "__name__": "__main__"}, []
-    import linecache
-
-    for cell in cells:
-        if cell.cell_type == "code" and ("def perturb(" in cell.source or "def measure(" in cell.source):
-            file = f"<{cell.id}>"
-            linecache.cache[file] = (len(cell.source), None, cell.source.splitlines(True), file)
-            exec(compile(cell.source, file, "exec"), space)
-    for batch_size in (8, 4):
-        space |= dict(batch_size=batch_size, seed=0, steps=28, precision="float32")
-        hashes.append(cc.code_hash(space["measure"]))
-    assert hashes[0] != hashes[1]
-
-
-def test_a_data_sets_hash_is_that_of_its_images(tmp_path):
-    for k in range(3):
-        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"i{k}.png")
-    first = cc.dataset_hash(cc.read_dataset(tmp_path))
-    assert first == cc.dataset_hash(cc.read_dataset(tmp_path)[::-1])
-    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "i1.png")
-    assert first != cc.dataset_hash(cc.read_dataset(tmp_path)) and len(first) == len(hashlib.sha256().hexdigest())
+def test_what_is_wrong_with_the_run_is_said_in_a_line(values, cams, tmp_path, monkeypatch):
+    task = {"scheduler": "tcp://a:1", "values": {**values, "n_images": -1}}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task)))
+    with pytest.raises(SystemExit, match="run_all.sh: n_images cannot be -1"):
+        cluster.main()

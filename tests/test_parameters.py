@@ -1,121 +1,203 @@
-"""Every parameter does something: notebooks 03 and 05 with one parameter changed at a time, on a small data set."""
+"""What the user asked for becomes checked values, and every notebook gets those that it reads."""
 
 import json
+from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
-from nbrun import papermill, pixels
+from fake import make_notebook
 
-SMALL = {"n_images": 3, "threads": 1}
-SMALL_05 = {**SMALL, "steps": 4, "baseline": "twin", "n_extra": 1, "alpha": 0.5}
-CHANGES = {
-    "04": {},
-    "03": {"layer": {"layer": "layer3"}, "n_images": {"n_images": 4}},
-    "05": {
-        "alpha": {"alpha": 0.9},
-        "shallow_layer": {"shallow_layer": "layer3"},
-        "seed": {"seed": 1},
-        "steps": {"steps": 5},
-    },
-}
-NUMBER = {"alpha": "energy", "shallow_layer": "energy", "seed": "energy", "steps": "insertion"}
+from lab import settings
+from runner import parameters
+from runner.parameters import Given
+
+NOTEBOOKS = sorted((parameters.HOME / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+STEMS = [path.stem for path in NOTEBOOKS]
+PARAMETER_FILES = sorted(
+    path for path in (parameters.HOME / "params").glob("*.yaml") if path.stem != "default"
+)
 
 
-@pytest.fixture(scope="module")
-def data(repo, tmp_path_factory):
-    """A small synthetic data set, as notebook 01 draws it."""
-    base = tmp_path_factory.mktemp("data")
-    given = {"root": repo, "data_dir": base / "data", "results_dir": base / "out", "threads": 1}
-    given |= {"n_train": 40, "n_val": 40, "n_test": 40}
-    done = papermill(next((repo / "notebooks").glob("01_*.ipynb")), base / "01.ipynb", given, repo)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return base / "data"
+def refusal(capsys, function, *arguments):
+    """What a function says when it ends the run before it begins."""
+    with pytest.raises(SystemExit) as ended:
+        function(*arguments)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("run_all.sh: ") and len(message.splitlines()) == 1
+    return message
 
 
-@pytest.fixture(scope="module")
-def run(repo, data, tmp_path_factory):
-    """run(number, name, **changed) -> the results folder of one notebook with small parameters; each is run once."""
-    base, finished = tmp_path_factory.mktemp("variants"), {}
-
-    def one(number, name, **changed):
-        out = base / f"{number}_{name}"
-        if out not in finished:
-            out.mkdir()
-            small = SMALL_05 if number == "05" else SMALL
-            given = {"root": repo, "data_dir": data, "results_dir": out, **small, **changed}
-            notebook = next((repo / "notebooks").glob(f"{number}_*.ipynb"))
-            finished[out] = papermill(notebook, out / "copy.ipynb", given, repo)
-        assert finished[out].returncode == 0, finished[out].stderr[-3000:]
-        return out
-
-    return lambda number, name, **more: one(number, name, **{**CHANGES[number].get(name, {}), **more})
+# ---- params/default.yaml is the only place
 
 
-def summary(out):
-    """What 05 found: the hybrid's means by metric."""
-    table = pd.read_csv(out / "summary.csv", keep_default_na=False)
-    return table[table.method == "hybrid"].set_index("metric")["mean"].astype(float)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=STEMS)
+def test_a_notebook_declares_settings_that_it_reads_with_their_defaults(path):
+    declared = parameters.declared_in(path)
+    defaults = settings.defaults(parameters.number_of(path.stem))
+    assert declared == {name: defaults.get(name, "not read here") for name in declared}
 
 
-@pytest.mark.parametrize("name", NUMBER)
-def test_a_parameter_of_05_changes_a_number_and_a_picture(run, name):
-    assert summary(run("05", name))[NUMBER[name]] != summary(run("05", "base"))[NUMBER[name]]
-    figure = "05_curves.png" if name == "steps" else "05_methods.png"
-    one, other = (pixels(run("05", k) / "figures" / figure) for k in (name, "base"))
-    assert one.shape != other.shape or (one != other).any()
+@pytest.mark.parametrize("name", settings.declared())
+def test_a_default_is_allowed(name):
+    default = settings.declared()[name]["default"]
+    assert parameters.value_of(name, Given(default, "default.yaml")) == default
+    assert parameters.value_of(name, Given(settings.as_word(default), "-p")) == default
 
 
-@pytest.mark.parametrize("name", ["layer", "n_images"])
-def test_a_parameter_of_03_changes_a_number_and_a_picture(run, name):
-    tables = [{f.name: f.read_text() for f in (run("03", k) / "tables").glob("*.csv")} for k in (name, "base")]
-    assert tables[0] != tables[1]
-    one, other = (pixels(run("03", k) / "figures" / "03_energy.png") for k in (name, "base"))
-    assert one.shape != other.shape or (one != other).any()
+@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
+def test_the_shipped_parameter_files_are_allowed_and_name_their_own_results_folder(path):
+    values = parameters.check_given(parameters.read_given(str(path), []), STEMS)
+    assert values["results_dir"] == f"results/{path.stem}"
 
 
-def test_what_is_given_to_04_is_what_it_hands_on(run):
-    """-p alpha 0.3 -p shallow_layer layer3: nothing is left to choose but where Grad-CAM looks."""
-    given = dict(n_images=2, steps=3, baseline="twin", alpha=0.3, shallow_layer="layer3", rule="product")
-    fusion = json.loads((run("04", "given", **given) / "fusion.json").read_text(encoding="utf-8"))
-    assert (fusion["alpha"], fusion["shallow_layer"], fusion["rule"]) == (0.3, "layer3", "product")
-    assert "given as a parameter" in fusion["reason"]
+def test_the_page_of_parameters_is_what_the_code_makes():
+    assert parameters.PAGE.read_text("utf-8") == parameters.page(), "python -m runner.parameters"
+    assert all(f"| `{name}` |" in parameters.page() for name in settings.declared())
 
 
-def test_a_smaller_run_measures_a_subset_of_what_a_larger_one_does(repo, data):
-    import cam_core as cc
-
-    model, _ = cc.load_model("resnet18")
-    test = cc.split_rows(cc.read_dataset(data / "synthetic"), "test")
-    few, more = (set(cc.measurable(model, test, n, 0)[0]["id"]) for n in (3, 6))
-    assert len(few) == 3 and len(more) == 6 and few < more
+# ---- words into values
 
 
-def test_the_same_parameters_give_the_same_bytes_with_and_without_the_cache(run, data, tmp_path):
-    """device=cpu is what auto means on a machine without a GPU. One run starts with an empty cache, one with a full."""
-    base = run("05", "base")
-    if set(pd.read_csv(base / "cost.csv").device) != {"cpu"}:
-        pytest.skip("device=auto is a GPU here")
-    (tmp_path / "synthetic").symlink_to(data / "synthetic")
-    again = run("05", "empty_cache", device="cpu", data_dir=tmp_path)
-    assert len(list((tmp_path / "cache").glob("*.json"))) > 0
-    for name in (
-        "metrics.csv",
-        "summary.csv",
-        "tables/05_primary.tex",
-        "figures/05_methods.png",
-        "figures/05_curves.pdf",
-    ):
-        assert (again / name).read_bytes() == (base / name).read_bytes(), name
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("n_images", "40", 40),
+        ("n_images", 40, 40),
+        ("alpha", "0.5", 0.5),
+        ("alpha", ".5", 0.5),
+        ("alpha", 1, 1.0),
+        ("alpha", "auto", "auto"),
+        ("shortcut", "true", True),
+        ("shortcut", "False", False),
+        ("shortcut", True, True),
+        ("targets", 3, "3"),
+        ("targets", ["ring", 0], "ring,0"),
+        ("classes", ["a", "b"], "a,b"),
+        ("layer", "true", "true"),
+        ("device", "cuda:1", "cuda:1"),
+        ("scheduler", "tls://10.0.0.1:1", "tls://10.0.0.1:1"),
+    ],
+)
+def test_a_value_has_the_type_of_its_setting(name, given, value):
+    result = parameters.value_of(name, Given(given, "-p"))
+    assert (result, type(result)) == (value, type(value))
 
 
-def test_publication_output(run):
-    """Every table with a caption is there as booktabs LaTeX, every figure as PDF, from the same numbers."""
-    base = run("05", "base")
-    assert {f.stem for f in (base / "figures").glob("*.png")} == {f.stem for f in (base / "figures").glob("*.pdf")}
-    for stem in ("05_primary", "05_means", "05_controls", "05_pairs"):
-        text = (base / "tables" / f"{stem}.tex").read_text(encoding="utf-8")
-        assert r"\toprule" in text and r"\bottomrule" in text and r"\caption{" in text, stem
-    primary = pd.read_csv(base / "tables" / "05_primary.csv")
-    text = (base / "tables" / "05_primary.tex").read_text(encoding="utf-8")
-    assert all(f"{value:.4f}" in text for value in np.array(primary["difference"]))
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("n_images", "1.5"),
+        ("n_images", "-1"),
+        ("n_images", True),
+        ("n_images", "1_000"),
+        ("n_images", None),
+        ("alpha", "2"),
+        ("alpha", "nan"),
+        ("alpha", True),
+        ("shortcut", "yes"),
+        ("shortcut", 1),
+        ("classes", ["yes", False]),
+        ("classes", None),
+        ("layer", {"a": 1}),
+        ("baseline", "twin,grey"),
+        ("device", "tpu"),
+        ("scheduler", "http://a:1"),
+        ("weights", "nowhere.pth"),
+        ("dataset", "nowhere"),
+        ("arch", "nowhere.py:Net"),
+        ("colormap", "rainbows"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_with_what_is(capsys, name, given):
+    message = refusal(capsys, parameters.value_of, name, Given(given, "-f x.yaml"))
+    assert f"-f x.yaml: {name} cannot be " in message
+    assert f" Allowed: {settings.allowed(name)}." in message
+
+
+def test_files_are_seen_from_the_user_then_from_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def value(name, word):
+        return parameters.value_of(name, Given(word, "-p"))
+
+    home = parameters.HOME
+    assert value("dataset", "data") == str(home / "data")
+    for folder in ("data", "synthetic"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "net.py").write_text("")
+    assert value("dataset", "data") == str(tmp_path / "data")
+    assert value("dataset", "synthetic") == "synthetic"
+    assert value("arch", "net.py:Net") == f"{tmp_path}/net.py:Net"
+    shipped = "data/checkpoints/resnet18.pth"
+    assert value("weights", shipped) == str(home / shipped)
+
+
+# ---- the command line and the file
+
+
+def test_the_command_line_wins_over_the_file_and_its_last_word_over_the_first(tmp_path):
+    file = tmp_path / "few.yaml"
+    file.write_text("n_images: 7\nsteps: 3\n")
+    given = parameters.read_given(str(file), [("n_images", "8"), ("n_images", "9")])
+    assert parameters.check_given(given, STEMS) == {"n_images": 9, "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- alpha\n", "lines of the form `name: value`"),
+        ("alpha: [1\n", "while parsing"),
+        ("alhpa: 1\n", "there is no setting 'alhpa'. Nearest: alpha"),
+        ("n_images: !!python/object/apply:os.system ['touch sprung']\n", "could not determine"),
+    ],
+)
+def test_a_file_that_is_no_parameter_file_is_refused(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        parameters.check_given(parameters.read_given("x.yaml", []), STEMS)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not Path("sprung").exists()
+
+
+def test_a_name_that_no_chosen_notebook_reads_is_refused_unless_a_file_gives_it(capsys):
+    for name, value, chosen in (("alpha", "0.5", STEMS[:1]), ("scheduler", "tcp://a:1", STEMS[:4])):
+        given = {name: Given(value, "-p")}
+        assert "no effect" in refusal(capsys, parameters.check_given, given, chosen)
+        parameters.check_given({name: Given(value, "-f x.yaml")}, chosen)
+        parameters.check_given(given, STEMS)
+
+
+# ---- what a notebook is started with
+
+
+def test_a_notebook_gets_what_it_reads_and_undeclared_names_in_its_settings(tmp_path):
+    path = tmp_path / "04_choice.ipynb"
+    make_notebook(path, "alpha: float = 1.0")
+    values = {"alpha": 0.5, "steps": 3, "n_train": 40, "results_dir": "elsewhere"}
+    started = parameters.for_papermill(path, values, tmp_path)
+    assert started == {"alpha": 0.5, "settings": {"steps": 3, "results_dir": str(tmp_path)}}
+    recorded = parameters.parameters_of(path.stem, values)
+    assert recorded["alpha"] == 0.5 and recorded["steps"] == 3 and recorded["seed"] == 0
+    assert not {"n_train", "results_dir", "scheduler"} & set(recorded)
+
+
+@pytest.mark.parametrize(
+    "source", ["n = 3", "n: int", "import os", "n: int = len('a')", "n: int ="]
+)
+def test_a_parameters_cell_of_another_form_is_an_error(tmp_path, source):
+    make_notebook(tmp_path / "01_x.ipynb", source)
+    with pytest.raises((ValueError, SyntaxError)):
+        parameters.declared_in(tmp_path / "01_x.ipynb")
+
+
+@pytest.mark.parametrize("tags", [[], ["parameters"]])
+def test_there_is_exactly_one_parameters_cell(tmp_path, tags):
+    path = tmp_path / "01_x.ipynb"
+    make_notebook(path, "n: int = 1", "m = 1")
+    book = json.loads(path.read_text())
+    for cell in book["cells"]:
+        cell["metadata"]["tags"] = tags
+    path.write_text(json.dumps(book))
+    with pytest.raises(ValueError, match=r"\d cells are tagged 'parameters'"):
+        parameters.declared_in(path)

@@ -1,0 +1,286 @@
+"""A run: its settings, its data and network, the files it writes, and the cache of finished
+measurements.
+
+    run = runs.open(5, alpha=0.5, n_images=10)
+
+is the one line with which a notebook begins.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+from lab import HOME, RUN_ID, datasets, figures, networks, settings, words
+
+# ---- a run
+
+
+class Run:
+    """What a notebook works with; `open` makes it.
+
+    settings: every setting the notebook reads, by name, as given or by default
+    (params/default.yaml). out: the folder it writes into, with figures/, tables/ and images/. data:
+    the folder of generated data. device: a torch.device. frame (the data set's table), model
+    (frozen, in eval mode) and info (what is known of it, see `networks.load`) are read when they
+    are first asked for.
+    """
+
+    def __init__(self, notebook: int, values: Mapping):
+        self.notebook = notebook
+        self.settings = SimpleNamespace(**values)
+        self.data = HOME / values["data_dir"]
+        self.out = HOME / values["results_dir"]
+        self.device = networks.pick_device(values["device"])
+        self.folder = datasets.folder_of(self.data, values["dataset"])  # of the images
+
+    @functools.cached_property
+    def frame(self) -> pd.DataFrame:
+        """The data set's table, with `known`, the index of each image's class among the network's
+        (-1: none).
+        """
+        frame = datasets.read(self.folder)
+        return frame.assign(known=datasets.class_indices(frame, self.info["class_names"]))
+
+    @functools.cached_property
+    def _network(self) -> tuple[torch.nn.Module, dict]:
+        s = self.settings
+        return networks.load(s.arch, self.weights, self.device, words(s.classes))
+
+    @property
+    def weights(self) -> str:
+        """What the settings say of the network's weights, as `networks.load` takes it; see
+        `weights_of`.
+        """
+        s = self.settings
+        return weights_of(s.arch, s.weights, s.dataset, self.data, s.retrain, words(s.classes))
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._network[0]
+
+    @property
+    def info(self) -> dict:
+        return self._network[1]
+
+    @property
+    def size(self) -> int:
+        """The side of the network's input in pixels."""
+        return self.info["size"]
+
+    @property
+    def blank(self) -> torch.Tensor:
+        """An empty picture (1, 3, size, size), for finding layers: any picture will do."""
+        return torch.zeros(1, 3, self.size, self.size, device=self.device)
+
+    def other(self, arch: str) -> tuple[torch.nn.Module, dict]:
+        """A second network (`also`) with the weights that belong to the same data, and what is
+        known of it.
+        """
+        s = self.settings
+        if networks.arch_name(arch) == self.info["arch"]:
+            raise ValueError(f"also={arch!r} is the first network already: name another, or none.")
+        names = words(s.classes)
+        return networks.load(
+            arch, weights_of(arch, "auto", s.dataset, self.data, s.retrain, names), self.device
+        )
+
+    def save_figure(self, figure, name: str) -> None:
+        """Write figures/NAME.png and .pdf, and show the figure below the cell."""
+        figures.save(figure, self.out / "figures" / f"{name}.png")
+
+    def save_table(self, frame: pd.DataFrame, name: str, caption: str = "") -> None:
+        """Write tables/NAME.csv and, with a caption, tables/NAME.tex; see `save_table`."""
+        save_table(frame, self.out / "tables" / f"{name}.csv", caption)
+
+    def save_resolved(self, **chosen) -> None:
+        """Write what the run's settings came to as resolved.json, which the runner moves into the
+        manifest.
+        """
+        network = {
+            "arch": self.info["arch"],
+            "weights": self.info["weights"],
+            "weights_sha256": self.info["sha256"],
+        }
+        about = {**network, **chosen, **numerics(self.device), "device": str(self.device)}
+        save_json(about, self.out / "resolved.json")
+
+    def report_left_out(self, left_out: pd.DataFrame) -> None:
+        """Say how many images were left out and why; write those whose files cannot be read to
+        tables/NN_skipped.csv, which the runner repeats at the end of the run.
+        """
+        broken = left_out[~left_out["reason"].isin([UNUSED, MISTAKEN])]
+        for reason, count in left_out["reason"].drop(broken.index).value_counts().items():
+            print(f"{count} left out because {reason}")
+        if len(broken):
+            self.save_table(broken, f"{self.notebook:02d}_skipped")
+            print(
+                f"{len(broken)} left out because a file cannot be read:",
+                *broken["reason"].head(5),
+                sep="\n  ",
+            )
+
+
+UNUSED, MISTAKEN = "the network does not use its lesion", "the network sees another class in it"
+
+
+def open(notebook: int, **given) -> Run:
+    """The run of a notebook, 1 to 5, with the settings given and params/default.yaml's for the
+    rest.
+
+    Makes the results folder (results/interactive where none is given), seeds torch, sets the CPU
+    threads and the style of figures. Raises ValueError for a setting that does not exist, that this
+    notebook does not read, or whose value is not allowed.
+    """
+    values = settings.defaults(notebook) | {"results_dir": "results/interactive"}
+    for name, value in given.items():
+        values[name] = settings.check(name, value)
+        if name not in settings.defaults(notebook):
+            readers = (
+                ", ".join(f"{k:02d}" for k in settings.declared()[name]["notebooks"])
+                or "the runner"
+            )
+            raise ValueError(
+                f"{name} has no effect in notebook {notebook:02d}; it is read by {readers}."
+            )
+    run = Run(notebook, values)
+    for name in ("figures", "tables", "images"):
+        (run.out / name).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(run.settings.seed)
+    if run.settings.threads:
+        torch.set_num_threads(run.settings.threads)
+    plt.style.use(Path(__file__).with_name("style.mplstyle"))
+    return run
+
+
+def weights_of(
+    arch: str,
+    weights: str,
+    dataset: str,
+    data: Path,
+    retrain: bool = False,
+    classes: Sequence[str] = (),
+) -> str:
+    """The `weights` argument of `networks.load` that a run's settings mean.
+
+    "auto" is the shipped checkpoint for the synthetic data (with `retrain`, the one that notebook
+    01 trained here), the one that 01 trained on a folder of your own if `classes` or `retrain` is
+    given, and ImageNet else. An own network, FILE.py:name, is taken as it is.
+    """
+    if weights != "auto" or ".py:" in arch:
+        return weights
+    if dataset == "synthetic":
+        return (
+            str(data / dataset / "checkpoints" / f"{networks.arch_name(arch)}.pth")
+            if retrain
+            else "auto"
+        )
+    if dataset in datasets.DATASETS or not (classes or retrain):
+        return "imagenet"
+    return str(
+        trained_folder(data, datasets.folder_of(data, dataset)) / f"{networks.arch_name(arch)}.pth"
+    )
+
+
+def trained_folder(data: Path, folder: Path) -> Path:
+    """Where notebook 01 puts the networks that it trained on a folder of your own."""
+    return data / "trained" / f"{folder.name}-{zlib.crc32(os.fsencode(folder)):08x}"
+
+
+# ---- files
+
+
+def save_table(frame, path: str | Path, caption: str = "") -> None:
+    """Write the table as CSV with the run's id as its last column, floats with nine significant
+    digits; with a caption also as LaTeX (booktabs) beside it, floats with four decimals.
+    """
+    frame.assign(run=RUN_ID).to_csv(path, index=False, float_format="%.9g", lineterminator="\n")
+    if caption:
+        style = frame.style.hide(axis="index").format(precision=4, na_rep="--", escape="latex")
+        caption = re.sub(r"(?<!\\)([%&#_])", r"\\\1", caption)
+        text = style.format_index(escape="latex", axis=1).to_latex(
+            hrules=True, caption=caption, position="htbp", label=f"tab:{Path(path).stem}"
+        )
+        Path(path).with_suffix(".tex").write_text(
+            f"% run {RUN_ID}, for the booktabs package\n{text}", "utf-8"
+        )
+
+
+def save_json(content: Mapping, path: str | Path) -> None:
+    """Write a small JSON file with sorted keys and the run's id."""
+    Path(path).write_text(
+        json.dumps({**content, "run": RUN_ID}, indent=1, sort_keys=True, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+
+
+def code_hash(*registered: Callable) -> str:
+    """SHA-256 of the code that decides what is measured: `cam_core`, the rooms of `lab` it stands
+    on, and the file in which a CAM or a fusion rule of your own is defined (in a notebook, its
+    source). Finished work is reused while it stays.
+    """
+    files = [
+        HOME / "cam_core.py",
+        *(HOME / "lab" / f"{room}.py" for room in ("networks", "datasets")),
+    ]
+    parts = [file.read_bytes() for file in files]
+    for function in registered:
+        if function.__module__ != "cam_core":
+            file = getattr(sys.modules.get(function.__module__), "__file__", None)
+            parts.append(Path(file).read_bytes() if file else inspect.getsource(function).encode())
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()
+
+
+def numerics(device: str | torch.device = "cpu") -> dict:
+    """What the last bits of a result depend on beside code, data and the shape of a batch:
+    versions, threads, device, instructions of the CPU, and torch's determinism and TF32 flags. Part
+    of cache keys and of the manifest, and what the workers of a cluster must share.
+    """
+    place = torch.device(device)
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+    }
+
+
+def cache_file(folder: str | Path, key: Mapping) -> Path:
+    """Where `cached` keeps what belongs to `key`."""
+    text = json.dumps(key, sort_keys=True, default=os.fspath)
+    return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def cached(folder: str | Path, key: Mapping, make: Callable[[], list[dict]]) -> list[dict]:
+    """What make() returns, a list of plain records, computed once: kept in `folder` under the hash
+    of `key`, which must hold all that determines it. Written in one step, so a run that is stopped
+    loses only the part it was at.
+    """
+    text, file = json.dumps(key, sort_keys=True, default=os.fspath), cache_file(folder, key)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}.part")
+        try:
+            fresh.write_text(json.dumps({"key": json.loads(text), "records": make()}), "utf-8")
+            os.replace(fresh, file)
+        finally:
+            fresh.unlink(missing_ok=True)
+    return json.loads(file.read_text("utf-8"))["records"]

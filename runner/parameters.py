@@ -1,0 +1,257 @@
+"""What the user asked for: words of the command line and lines of a YAML file as checked values,
+for each notebook.
+
+params/default.yaml says which settings there are, what each may be and which notebooks read it;
+`lab.settings` holds values to that. What is wrong ends the run before its first notebook, with exit
+code 2 and a line that says what is allowed. `python -m runner.parameters` writes docs/parameters.md
+from the same file.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from lab import HOME, settings
+
+PAGE = HOME / "docs" / "parameters.md"
+WHERE_IT_RUNS = {"results_dir", "scheduler"}  # the runner's own: no part of what is computed
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that the user gave, and where: "-p" or "-f FILE"."""
+
+    value: object
+    source: str
+
+
+def refuse(message: str) -> NoReturn:
+    """End the run before its first notebook."""
+    print(f"run_all.sh: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- notebooks
+
+
+def read_cells(path: Path) -> list[dict]:
+    """The cells of a notebook, each with its source as one text."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
+
+def declared_in(path: Path) -> dict[str, object]:
+    """{name: default} of the parameters that a notebook's first code cell declares, `settings` left
+    out.
+
+    ValueError if there is not exactly one cell tagged "parameters", or a line of it is not `name:
+    type = literal`.
+    """
+    tagged = [cell for cell in read_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(
+            f"{path.name}: {len(tagged)} cells are tagged 'parameters', there must be exactly one."
+        )
+    found = {}
+    for line in ast.parse(tagged[0]["source"]).body:
+        if not isinstance(line, ast.AnnAssign) or line.value is None:
+            raise ValueError(
+                f"{path.name}: not of the form `name: type = literal`: {ast.unparse(line)}"
+            )
+        found[line.target.id] = ast.literal_eval(line.value)
+    if found.pop("settings", None) != {}:
+        raise ValueError(f"{path.name}: the parameters cell must end in `settings: dict = {{}}`.")
+    return found
+
+
+def number_of(stem: str) -> int:
+    """The number of a notebook: 5 of "05_evaluation"."""
+    return int(stem[:2])
+
+
+# ---- words into values
+
+
+def located(path: str) -> str:
+    """An existing path made absolute: seen from where the user stands, then from the repository."""
+    for base in (Path.cwd(), HOME):
+        place = base / Path(path).expanduser()
+        if place.exists():
+            return str(place.resolve())
+    return path
+
+
+def _with_place(entry: Mapping, text: str) -> str:
+    """The text of a setting, made an absolute path where it names a file or a folder."""
+    named = text in entry.get("words", []) or re.fullmatch(entry.get("pattern", "(?!)"), text)
+    if "path" not in entry or named:
+        return text
+    if entry["path"] == "FILE.py:name":
+        file, colon, name = text.rpartition(":")
+        return located(file) + colon + name
+    return located(text)
+
+
+def _as_text(value) -> str | None:
+    """A YAML scalar or list as the text of a setting, a list's items joined by commas; None where
+    it is neither.
+
+    `yes` and `no` without quotes are true and false in YAML, so a class of that name would be lost:
+    not taken.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not all(type(item) in (str, int, float) for item in items):
+        return None
+    return ",".join(settings.as_word(item) for item in items)
+
+
+def value_of(name: str, given: Given):
+    """What the user gave for a setting, of the type that params/default.yaml names; ends the run if
+    not allowed.
+    """
+    value = given.value
+    entry = settings.declared().get(name, {"type": ""})
+    word = value.strip().lower() if isinstance(value, str) else settings.as_word(value)
+    if entry["type"] == "true or false" and word in ("true", "false"):
+        value = word == "true"
+    elif entry["type"] == "whole number" and re.fullmatch(r"[+-]?\d+", word):
+        value = int(word)
+    elif entry["type"] == "number or text" and re.fullmatch(NUMBER, word):
+        value = float(word)
+    elif entry["type"] == "text" and _as_text(value) is not None:
+        value = _with_place(entry, _as_text(value))
+    elif entry["type"] == "text":
+        hint = "YAML takes yes and no for true and false: put them into quotes."
+        refuse(
+            f"{given.source}: {name} cannot be {value!r}. Allowed: {settings.allowed(name)}. {hint}"
+        )
+    try:
+        return settings.check(name, value)
+    except ValueError as error:
+        refuse(f"{given.source}: {error}")
+
+
+def read_given(file: str | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Given]:
+    """{name: what was given}: the lines of a YAML file, and over them the pairs of the command
+    line.
+    """
+    content = {}
+    if file is not None:
+        try:
+            content = yaml.safe_load(Path(located(file)).read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            refuse(f"-f {file}: {error}")
+    if not isinstance(content, dict):
+        refuse(f"-f {file}: a parameter file holds lines of the form `name: value`.")
+    found = {str(name): Given(value, f"-f {file}") for name, value in content.items()}
+    return found | {name: Given(word, "-p") for name, word in pairs}
+
+
+# ---- what each notebook gets
+
+
+def readers(name: str) -> list[int]:
+    """The numbers of the notebooks that a setting has an effect on. A cluster measures for 05."""
+    return [5] if name == "scheduler" else settings.declared()[name]["notebooks"]
+
+
+def check_given(given: Mapping[str, Given], chosen: Sequence[str]) -> dict[str, object]:
+    """{name: value} of all that was given; ends the run for an unknown name, a value that is not
+    allowed, and a name of the command line that none of the chosen notebooks reads.
+    """
+    values = {name: value_of(name, about) for name, about in given.items()}
+    numbers = {number_of(stem) for stem in chosen}
+    for name, about in given.items():
+        if about.source == "-p" and not numbers & set(readers(name)):
+            refuse(f"-p: {name} would have no effect, none of these reads it: {', '.join(chosen)}.")
+    return values
+
+
+def parameters_of(stem: str, values: Mapping[str, object]) -> dict[str, object]:
+    """{name: value} of every setting that a notebook reads, as given or by default; where it writes
+    is left out.
+    """
+    defaults = settings.defaults(number_of(stem))
+    return {
+        name: values.get(name, default)
+        for name, default in defaults.items()
+        if name not in WHERE_IT_RUNS
+    }
+
+
+def given_to(stem: str, values: Mapping[str, object], results_dir: Path) -> dict[str, object]:
+    """{name: value} of what was given and a notebook reads, and the folder that it writes into."""
+    read = settings.defaults(number_of(stem))
+    return {name: value for name, value in values.items() if name in read} | {
+        "results_dir": str(results_dir)
+    }
+
+
+def for_papermill(path: Path, values: Mapping[str, object], results_dir: Path) -> dict[str, object]:
+    """What a notebook is started with: of what was given, all that it reads. Names that its
+    parameters cell does not declare go into its `settings`.
+    """
+    own = given_to(path.stem, values, results_dir)
+    declared = declared_in(path)
+    rest = {name: value for name, value in own.items() if name not in declared}
+    return {name: value for name, value in own.items() if name in declared} | {"settings": rest}
+
+
+# ---- docs/parameters.md
+
+
+HEAD = """# Parameters
+
+Made from [params/default.yaml](../params/default.yaml) by `python -m runner.parameters`.
+Change that file, not this one.
+
+`./run_all.sh -p NAME VALUE` sets one of them. `-f params/FILE.yaml` sets several, as lines of the
+form `NAME: VALUE`; `-p` wins over it. In a notebook, change the first cell. The names that it does
+not show go into its `settings`, as in `settings = {"steps": 14}`. Files and folders are looked for
+where you stand, then in the repository.
+"""
+
+
+def page() -> str:
+    """docs/parameters.md: a table for each section of params/default.yaml."""
+    lines = [HEAD]
+    for line in (HOME / "params" / "default.yaml").read_text("utf-8").splitlines():
+        if line.startswith("# ---- "):
+            title = line.removeprefix("# ---- ").capitalize()
+            lines.append(f"\n## {title}\n\n")
+            lines.append(
+                "| name | default | allowed | what it is | read by |\n|---|---|---|---|---|\n"
+            )
+        elif re.match(r"\w+:", line):
+            lines.append(_row(line.partition(":")[0]))
+    return "".join(lines)
+
+
+def _row(name: str) -> str:
+    """The line of a setting in its table."""
+    entry = settings.declared()[name]
+    default = settings.as_word(entry["default"])
+    where = ", ".join(f"{number:02d}" for number in entry["notebooks"])
+    cells = [
+        f"`{name}`",
+        f"`{default}`" if default else "nothing",
+        settings.allowed(name),
+        entry["about"],
+        where or "the runner",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
+    print(PAGE)
