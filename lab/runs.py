@@ -157,6 +157,8 @@ def open(notebook: int, **given) -> Run:
             raise ValueError(
                 f"{name} has no effect in notebook {notebook:02d}; it is read by {readers}."
             )
+    values["arch"] = _from_home(values["arch"])
+    values["weights"] = _from_home(values["weights"])
     run = Run(notebook, values)
     for name in ("figures", "tables", "images"):
         (run.out / name).mkdir(parents=True, exist_ok=True)
@@ -165,6 +167,12 @@ def open(notebook: int, **given) -> Run:
         torch.set_num_threads(run.settings.threads)
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     return run
+
+
+def _from_home(value: str) -> str:
+    """A setting that names a file, seen from the repository, as an absolute path."""
+    path = HOME / Path(value).expanduser()
+    return str(path) if path.suffix in (".pth", ".pt", ".safetensors") or ".py:" in value else value
 
 
 def weights_of(
@@ -235,7 +243,7 @@ def code_hash(*registered: Callable) -> str:
     """
     files = [
         HOME / "cam_core.py",
-        *(HOME / "lab" / f"{room}.py" for room in ("networks", "datasets")),
+        *(HOME / "lab" / f"{room}.py" for room in ("networks", "datasets", "statistics")),
     ]
     parts = [file.read_bytes() for file in files]
     for function in registered:

@@ -82,6 +82,12 @@ UNNAMED = {
     "coarse": "the hybrid's coarse layer",
     "shallow": "the shallow layer",
 }
+EDITS = {  # what takes the place of pixels, by baseline
+    "twin": "the pixels of the twin",
+    "rise": "a blurred image (insertion) or mean grey (deletion)",
+    "zero": "mean grey",
+    "black": "black pixels",
+}
 OTHERS = (  # what is told beside the endpoints: (method, metric), against Grad-CAM
     ("hybrid", "insertion_blocks"),
     ("hybrid", "deletion_blocks"),
@@ -95,6 +101,8 @@ OTHERS = (  # what is told beside the endpoints: (method, metric), against Grad-
     ("hybrid_same", "energy"),
     ("hybrid", "insertion_fine"),
     ("hybrid", "deletion_fine"),
+    ("hybrid", "drop"),
+    ("hybrid", "increase"),
     ("noise", "insertion"),
     ("noise", "deletion"),
 )
@@ -124,7 +132,7 @@ class Conclusions:
         kind = (
             "Primary endpoints"
             if confirmatory
-            else "Exploratory: data, baseline or fusion was not fixed beforehand"
+            else "Exploratory: other data, another baseline, or a fusion set by hand"
         )
         lines = [f"*{kind}. Their p are Holm-corrected over the {len(self.endpoints)}.*"]
         lines += ["", self.about] if self.about else []
@@ -191,7 +199,7 @@ def conclusions(
         ]
     return Conclusions(
         about=about,
-        headline=_headline(head),
+        headline=headline(head),
         fusion=_is_it_the_fusion(head, controls, name),
         endpoints=[_sentence(verdict(row, "p_holm", name)) for row in head],
         controls=_controls_in_words(controls, name),
@@ -216,7 +224,7 @@ def _by_word(judged: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _headline(head: Sequence[Mapping]) -> str:
+def headline(head: Sequence[Mapping]) -> str:
     if not head:
         return "None of the primary endpoints was measured."
     judged = {metric_name(row["metric"]): statistics.judgement(row, "p_holm") for row in head}
@@ -268,13 +276,19 @@ def _is_it_the_fusion(head: Sequence[Mapping], controls, name: Callable) -> str:
         if parts:
             shared.append(f"In {metric_name(metric)} {', and '.join(parts)}.")
         else:
-            own.append(metric_name(metric))
-    sentences = ["Is that the fusion, or only the finer resolution?"]
-    if own:
-        sentences.append(
-            f"In {listed(own)} the hybrid also beats both of its factors and every other control."
-        )
-    return " ".join(sentences + shared)
+            own.append(f"In {metric_name(metric)} {_beats_them_all(head, controls, metric, name)}.")
+    return " ".join(["Is that the fusion, or only the finer resolution?", *own, *shared])
+
+
+def _beats_them_all(head: Sequence[Mapping], controls, metric: str, name: Callable) -> str:
+    """How far the best control of the hybrid's own resolution is behind it."""
+    mine = next(row["mean"] for row in head if row["metric"] == metric)
+    rows = controls[controls["metric"] == metric].set_index("reference")["reference_mean"]
+    best = rows.idxmin() if metric in statistics.LOWER_IS_BETTER else rows.idxmax()
+    return (
+        "the hybrid beats every map that is as fine as itself; the nearest is "
+        f"{name(best)} with {rows[best]:.3f} against {mine:.3f}"
+    )
 
 
 def _against(controls, metric: str, name: Callable) -> dict[str, str]:
@@ -347,6 +361,10 @@ def _others(own, pairs, classes, name: Callable) -> list[str]:
     for method, metric in OTHERS:
         rows = own[(own["method"] == method) & (own["metric"] == metric)]
         sentences += [verdict(row, "p", name) for row in rows.head(1).to_dict("records")]
+    for metric in ("insertion", "deletion"):  # with something else in the place of the pixels
+        rows = own[(own["method"] == "hybrid") & (own["metric"] == metric) & ~own["primary"]]
+        for row in rows.to_dict("records"):
+            sentences.append(f"with {EDITS[row['baseline']]}, {verdict(row, 'p', name)}")
     if pairs is not None and len(pairs):
         rows = pairs[
             (pairs["metric"] == "discrimination")

@@ -217,8 +217,9 @@ Change that file, not this one.
 
 `./run_all.sh -p NAME VALUE` sets one of them. `-f params/FILE.yaml` sets several, as lines of the
 form `NAME: VALUE`; `-p` wins over it. In a notebook, change the first cell. The names that it does
-not show go into its `settings`, as in `settings = {"steps": 14}`. Files and folders are looked for
-where you stand, then in the repository.
+not show go into its `settings`, as in `settings = {"batch_size": 4}`. On the command line, files
+and folders are looked for where you stand, then in the repository; in a notebook, in the
+repository.
 """
 
 

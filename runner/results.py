@@ -1,7 +1,7 @@
 """Make docs/results.md and the results in README.md from results/reference/: `python -m
 runner.results`.
 
-Every sentence about results comes from `cam_core.conclusions`, so it says what the numbers allow.
+Every sentence about results comes from `lab.sentences`, so it says what the numbers allow.
 """
 
 from __future__ import annotations
@@ -45,16 +45,30 @@ def endpoints_table(summary: pd.DataFrame) -> str:
 def readme_part() -> str:
     """The answer and the table of README.md."""
     tables = cc.sentences.read_tables(REFERENCE / "full")
+    summary = tables["summary"]
     found = cc.sentences.conclusions(**tables)
-    second = cc.sentences.conclusions(**cc.sentences.read_tables(REFERENCE / "squeezenet"))
-    return "\n\n".join(
-        [
-            f"**{found.headline}** {found.about} {found.fusion}",
-            endpoints_table(tables["summary"]),
-            "On a second network, SqueezeNet, with a fusion chosen for it: "
-            f"{second.headline[0].lower()}"
-            f"{second.headline[1:]}",
-        ]
+    black = summary[(summary["method"] == "hybrid") & (summary["baseline"] == "black")]
+    black = black[black["metric"] == "insertion"].iloc[0]
+    moved = summary[(summary["network"] == "squeezenet1_1") & summary["primary"]]
+    chosen_anew = cc.sentences.conclusions(**cc.sentences.read_tables(REFERENCE / "squeezenet"))
+    paragraphs = [
+        f"**{found.headline}** {found.about} {found.fusion}",
+        endpoints_table(summary),
+        f"It depends on what takes the place of a pixel. With black pixels, {_small(black)}",
+        "It does not carry over. On SqueezeNet, with the same choice, "
+        f"{_lower(cc.sentences.headline(moved.to_dict('records')))} With a fusion chosen for it, "
+        f"{_lower(chosen_anew.headline)}",
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
+def _small(row: pd.Series) -> str:
+    return _lower(
+        cc.sentences.verdict(row, "p", lambda m: cc.sentences.IN_WORDS.get(m, "Grad-CAM"))
     )
 
 

@@ -74,7 +74,7 @@ def make_repository(root):
     (root / "results").mkdir()
     (root / "data/checkpoints").mkdir(parents=True)
     (root / "data/checkpoints/net.pth").write_bytes(b"weights")
-    (root / "cam_core.py").write_text("def read_tables(folder): return {}\n")
+    (root / "cam_core.py").write_text("class sentences:\n    read_tables = lambda folder: {}\n")
     (root / "requirements.txt").write_text("papermill==0  # only the name is read\n")
     notebooks = root / "notebooks"
     make_notebook(notebooks / "01_data.ipynb", "seed: int = 0  # of all", WORK + DATA, NOISE)

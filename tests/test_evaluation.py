@@ -74,7 +74,7 @@ def test_a_gain_is_called_better_and_the_controls_that_share_it_are_named():
 def test_a_gain_that_no_control_reaches_is_the_fusions():
     gains = {"hybrid": 0.05, "layer_cam_shallow": 0.0, "times_other": 0.0}
     found = concluded(records(gains), grouped=True)
-    assert "the hybrid also beats both of its factors and every other control" in found.fusion
+    assert "the hybrid beats every map that is as fine as itself" in found.fusion
     for metric in ("Insertion", "Deletion", "Energy", "Average precision"):
         assert f"{metric}: better than all of them." in found.controls
     assert all("better in every group" in s for s in found.when) and len(found.when) == 4

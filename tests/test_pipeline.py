@@ -50,7 +50,7 @@ def home(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "HOME", root)
     monkeypatch.setattr(pipeline, "prepare_kernels", prepare)
     monkeypatch.setattr(pipeline, "execute", run_cells)
-    monkeypatch.setattr(report.cc, "read_tables", lambda folder: {})
+    monkeypatch.setattr(report.cc.sentences, "read_tables", lambda folder: {})
     monkeypatch.setattr(report, "notebook_page", lambda path, run: f"<p>{run}</p>")
     monkeypatch.chdir(root)
     pipeline.portable.cache_clear()
