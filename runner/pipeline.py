@@ -39,7 +39,7 @@ from typing import NoReturn
 from filelock import FileLock, Timeout
 
 from lab import HOME, settings, sha256
-from runner import check, estimate, parameters
+from runner import check, parameters
 from runner.parameters import refuse
 
 # Which notebooks read what a notebook writes.
@@ -410,26 +410,17 @@ def run_notebooks(plan: Plan, fresh: Path, begin: float) -> None:
     (fresh / "notebooks").mkdir(parents=True)
     run = run_id(plan)
     entries, owners = keep_results(plan, fresh)
-    clock = clock_of(plan)
     beside = f", beside the results of {', '.join(entries)}" if entries else ""
     print(f"Run {run} into {plan.target}{beside}", flush=True)
-    expected = estimate.in_words(clock.seconds_left())
-    print(
-        f"About {expected} on this machine's CPU. A GPU makes it less, and so do measurements that "
-        "are kept from before.",
-        flush=True,
-    )
     manifest = {"run": run, **circumstances(), "notebooks": entries}
     prepare_kernels(fresh / ".kernel", run)
     for count, stem in enumerate(plan.chosen, 1):
-        left = estimate.in_words(clock.seconds_left())
-        print(f"[{count}/{len(plan.chosen)}] {stem} (about {left} left)", flush=True)
+        print(f"[{count}/{len(plan.chosen)}] {stem}", flush=True)
         before = hashes_of(fresh)
         entries[stem] = run_one(plan, stem, fresh, run)
         for name, digest in hashes_of(fresh).items():
             if before.get(name) != digest:
                 owners[name] = stem
-        clock.done(stem, entries[stem]["seconds"])
         print(f"      {entries[stem]['seconds']} s", flush=True)
     shutil.rmtree(fresh / ".kernel")
     for stem in plan.chosen:  # only now, as 01 fills the data's folder, whose hash this may need
@@ -455,14 +446,6 @@ def run_one(plan: Plan, stem: str, fresh: Path, run: str) -> dict:
         resolved.unlink()
     finish(output, run, fresh.name, plan.target.name)
     return entry
-
-
-def clock_of(plan: Plan) -> estimate.Clock:
-    """How long the run is expected to take, from earlier runs where there are any."""
-    n_images = plan.values.get("n_images", settings.declared()["n_images"]["default"])
-    here = check.manifest_of(plan.target).get("notebooks", {})
-    elsewhere = check.manifest_of(plan.reference).get("notebooks", {})
-    return estimate.Clock(plan.chosen, here, elsewhere, n_images)
 
 
 def add_report(fresh: Path, manifest: Mapping, target: Path) -> None:

@@ -19,7 +19,7 @@ import nbformat
 import pytest
 from fake import NOISE, contents, make_notebook, make_repository, manifest, run, start
 
-from runner import check, estimate, parameters, pipeline, report
+from runner import check, parameters, pipeline, report
 
 
 def run_cells(path, output, values):
@@ -164,11 +164,10 @@ def finished(tmp_path_factory):
     return root, process, elsewhere / "out"
 
 
-def test_the_notebooks_run_in_order_and_it_tells_the_time_and_where_to_look_first(finished):
+def test_the_notebooks_run_in_order_and_it_tells_where_to_look_first(finished):
     _, process, target = finished
     lines = process.out.splitlines()
     assert [line[:5] for line in lines if line.startswith("[")] == ["[1/3]", "[2/3]", "[3/3]"]
-    assert lines[1].startswith("About ") and lines[2].endswith(" left)")
     first = lines[lines.index(next(line for line in lines if "Look first at" in line)) :]
     assert first[1:3] == [
         f"  {target / name}" for name in ("report.html", "notebooks/05_measure.html")
@@ -537,30 +536,6 @@ def test_check_fails_on_a_planted_number_and_the_results_are_in_place(with_refer
     assert done.code == 1 and "mean is 0.25 here, 0.251 there (" in done.err
     assert len(done.err.splitlines()) == 2 and "Done in" in done.out
     assert check.manifest_of(home / "results/few")["run"] in done.out
-
-
-# ---- how long it takes
-
-
-def entry(seconds, n_images=24):
-    return {"seconds": seconds, "parameters": {"n_images": n_images}}
-
-
-def test_the_time_is_that_of_earlier_runs_and_follows_the_pace(monkeypatch):
-    monkeypatch.setattr(estimate, "speed", lambda: estimate.SPEED_THEN / 2)
-    clock = estimate.Clock(["04_a", "05_b"], {"04_a": entry(10)}, {"05_b": entry(100)}, 48)
-    assert clock.seconds_left() == 2 * 10 + 2 * 2 * 100, "twice the images; there twice as fast"
-    clock.done("04_a", 60)
-    assert clock.seconds_left() == 3 * 400, "three times as slow as expected"
-    first = estimate.Clock(["04_a", "05_b"], {}, {}, 24)
-    assert first.seconds_left() == 2 * (estimate.SECONDS["04"] + estimate.SECONDS["05"])
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(3, "10 s"), (44, "40 s"), (100, "2 min"), (5400, "1.5 h")]
-)
-def test_a_duration_in_words(seconds, words):
-    assert estimate.in_words(seconds) == words
 
 
 # ---- on a cluster
