@@ -99,6 +99,15 @@ class Run:
             arch, weights_of(arch, "auto", s.dataset, self.data, s.retrain, names), self.device
         )
 
+    def in_batches(self, rows: pd.DataFrame) -> list[pd.DataFrame]:
+        """The rows of a table, batch_size at a time."""
+        n = self.settings.batch_size
+        return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+    def load(self, rows: pd.DataFrame) -> torch.Tensor:
+        """The images of some rows as the network takes them: (B, 3, size, size), on its device."""
+        return datasets.load_batch(rows, size=self.size).to(self.device)
+
     def save_figure(self, figure, name: str) -> None:
         """Write figures/NAME.png and .pdf, and show the figure below the cell."""
         figures.save(figure, self.out / "figures" / f"{name}.png")

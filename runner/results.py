@@ -17,10 +17,10 @@ from lab import HOME
 REFERENCE = HOME / "results" / "reference"
 BEGIN, END = "<!-- made by python -m runner.results -->", "<!-- until here -->"
 ENDPOINTS = {  # what a reader calls them; the arrow tells which way is better
-    "energy": "energy inside the lesion ↑",
-    "average_precision": "average precision ↑",
-    "insertion": "insertion AUC ↑",
-    "deletion": "deletion AUC ↓",
+    "energy": "share of the map inside the lesion (energy) ↑",
+    "average_precision": "lesion's pixels ranked first (average precision) ↑",
+    "insertion": "probability while pixels are put back (insertion AUC) ↑",
+    "deletion": "probability while pixels are replaced (deletion AUC) ↓",
 }
 
 
