@@ -29,6 +29,7 @@ their maximum, so in [0, 1].
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -46,6 +47,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -53,6 +55,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from tqdm.auto import tqdm
 
 from lab import HOME, RUN_ID, nearest, sha256, words
@@ -61,15 +64,20 @@ from lab import (
 )
 from lab import drawing as drawing
 from lab import figures as figures
+from lab import heads as heads
 from lab import networks as networks
 from lab import runs as runs
 from lab import sentences as sentences
 from lab import settings as settings
 from lab import statistics as statistics
 from lab import training as training
-from lab.networks import MEAN, STD
 
 # ---------------------------------------------------------------------------------------- 1 capture
+
+
+# What is explained: a class, one for each image, a function of the network's output that gives one
+# score per image, or the predicted class of each.
+Target = int | Sequence[int] | Tensor | Callable[..., Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -77,29 +85,39 @@ class Capture:
     """What one forward and one partial backward pass leave behind. All tensors are detached; B is
     the batch size.
 
-    logits: (B, K). target: (B,) class indices. activations[layer], gradients[layer]: (B, C, h, w),
-    in order of execution; gradients[layer][b] = d logits[b, target[b]] / d activations[layer][b].
+    logits: (B, K), what the network hands out, or None where a target function was given and the
+    output holds no such thing. target: (B,) class indices, None for a target function.
+    activations[layer], gradients[layer]: (B, C, h, w), in order of execution; gradients[layer][b] =
+    d scores[b] / d activations[layer][b]. scores: (B,), what is explained. probabilities: (B,
+    classes) as the network's head has them, or None where it has none.
     """
 
-    logits: Tensor
-    target: Tensor
+    logits: Tensor | None
+    target: Tensor | None
     activations: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    scores: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 def capture(
     model: nn.Module,
     x: Tensor,
     layers: str | Sequence[str],
-    target: int | Sequence[int] | Tensor | None = None,
+    target: Target = None,
+    head: str | None = None,
 ) -> Capture:
-    """Activations A_l and gradients G_l = d y_t / d A_l of the target logit y_t, for any number of
+    """Activations A_l and gradients G_l = d s / d A_l of a score s per image, for any number of
     layers, in one pass.
 
-    model: a classifier whose output is (B, K) logits, or an object with `.logits`. x: (B, C, H, W),
-    as the model expects it. layers: dotted module names (`"layer4"`, `"features.29"`), or one of
-    them. target: a class index for all images, one per image, or None for the predicted class of
-    each.
+    model: a network whose output holds (B, K) logits, see `heads.logits_of`. x: (B, C, H, W), as
+    the model expects it. layers: dotted module names (`"layer4"`, `"features.29"`), or one of them.
+    target: a class index for all images, one per image, None for the predicted class of each, or a
+    function of the network's output that returns one score per image, (B,). The score of a class is
+    what the head makes of the output: its logit y_t; of one logit y for two classes y and -y; of
+    probabilities (a softmax or sigmoid inside the network) their logarithm or log-odds. head: one
+    of `heads.HEADS`, or None for the model's `output_head`, else what its output shows
+    (`heads.found_head`).
 
     The model runs in eval mode with its parameters frozen; the output of the first captured layer
     becomes the leaf of the graph, so nothing in front of it is recorded, and every captured layer
@@ -108,28 +126,142 @@ def capture(
     `DataParallel` and `torch.compile` wrappers are unwrapped with a warning. Works under
     `torch.no_grad` and `torch.inference_mode`. Outputs with channels last, (B, h, w, C) as in Swin,
     and tokens, (B, n, C) as in ViT, are handed back as (B, C, h, w) too; tokens in front of the
-    patches (class, registers) are left out.
+    patches (class, registers) are left out. Where the answer to an image depends on the others of
+    its batch, as with batch norm without running statistics, each image goes alone, with a warning.
 
     Raises ValueError for an unknown layer (names the nearest and all there are), one that runs
-    twice or never, one without a spatial output with h*w > 1, one that the target logit does not
-    depend on, a target out of range, an x that does not fit the model, and NaN or infinity in the
-    logits, activations or gradients.
+    twice or never, one without a spatial output with h*w > 1, one that the score does not depend
+    on, a target out of range, an output without logits or a score, an x that does not fit the
+    model, and NaN or infinity in the logits, scores, activations or gradients.
     """
     model = _unwrap(model)
     names = _check_request(model, x, layers)
+    if len(x) > 1 and not _independent(model, x):
+        return _one_by_one(model, x, names, target, head)
     outputs: dict[str, Tensor] = {}
     with _borrowed(model, {name: _keep(name, x, outputs) for name in names}):
-        logits = _logits(
-            _forward(model, x.detach().clone()), x
-        )  # a copy: a first layer may work in place
-        target = _targets(target, logits)
-        # images do not mix in eval mode, so one backward pass of the sum serves the whole batch
-        score = logits.gather(1, target[:, None]).sum()
-        gradients = _gradients(score, names, outputs)
-    _check_captured(model, x, logits, outputs, gradients)
-    activations = {name: _maps(output.detach(), x) for name, output in outputs.items()}
-    gradients = {name: _maps(gradients[name].detach(), x) for name in outputs}
-    return Capture(logits.detach(), target, activations, gradients)
+        output = _forward(model, x.detach().clone())  # a copy: a first layer may work in place
+        logits, target, scores = _scored(model, output, x, target, head)
+        # images do not mix, so one backward pass of the sum serves the whole batch
+        gradients = _gradients(model, scores.sum(), names, outputs)
+    _check_captured(model, x, logits, scores, outputs, gradients)
+    last = _channels_last(model, x, outputs)
+    probabilities = None
+    if logits is not None:
+        head = _head_of(model, logits, head)
+        make = heads.HEADS[head].probabilities
+        probabilities = make(logits.detach().float()) if make else None
+        logits = logits.detach()
+    return Capture(
+        logits,
+        target,
+        {name: _maps(output.detach(), x, last.get(name)) for name, output in outputs.items()},
+        {name: _maps(gradients[name].detach(), x, last.get(name)) for name in outputs},
+        scores.detach(),
+        probabilities,
+    )
+
+
+def _scored(
+    model: nn.Module, output, x: Tensor, target: Target, head: str | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(logits, class indices, scores) of a network's output; see `Capture`."""
+    if callable(target):
+        return _logits_if_any(output, x), None, _called(target, output, x)
+    logits = heads.logits_of(output, len(x))
+    head = _head_of(model, logits, head)
+    scores = heads.HEADS[head].scores(logits)
+    chosen = _targets(target, scores, head)
+    return logits, chosen, scores.gather(1, chosen[:, None])[:, 0]
+
+
+def _head_of(model: nn.Module, logits: Tensor, head: str | None) -> str:
+    head = head or heads.found_head(model, logits)[0]
+    heads.check_head(head, logits.shape[1])
+    return head
+
+
+def _logits_if_any(output, x: Tensor) -> Tensor | None:
+    """The (B, K) in an output, or None: a target function may read what has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return heads.logits_of(output, len(x))
+        except ValueError:
+            return None
+
+
+def _called(target: Callable, output, x: Tensor) -> Tensor:
+    """What a target function makes of a network's output: (B,) scores."""
+    scores = target(output)
+    right = isinstance(scores, Tensor) and scores.is_floating_point()
+    if right and scores.shape == (len(x), 1):
+        scores = scores[:, 0]
+    if not right or scores.shape != (len(x),):
+        got = type(scores).__name__
+        if isinstance(scores, Tensor):
+            got = f"{scores.dtype} {tuple(scores.shape)}"
+        raise ValueError(
+            f"target: the function must return one score per image, floats of shape ({len(x)},); "
+            f"it returned {got}. Such as `lambda output: output[:, 3]`."
+        )
+    return scores
+
+
+def _one_by_one(
+    model: nn.Module, x: Tensor, names: Sequence[str], target: Target, head: str | None
+) -> Capture:
+    """`capture` of each image alone, put together."""
+    targets = [target] * len(x)
+    if isinstance(target, list | tuple) or (isinstance(target, Tensor) and target.ndim):
+        if len(target) != len(x):
+            raise ValueError(
+                f"target has {len(target)} entries for {len(x)} images: give one class index for "
+                "all, or one per image."
+            )
+        targets = list(target)
+    parts = [capture(model, x[k : k + 1], names, t, head) for k, t in enumerate(targets)]
+
+    def joined(field: str) -> Tensor | None:
+        values = [getattr(part, field) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    maps = {}
+    for kind in ("activations", "gradients"):
+        both = [getattr(part, kind) for part in parts]
+        maps[kind] = {name: torch.cat([each[name] for each in both]) for name in both[0]}
+    fields_left = ("logits", "target", "scores", "probabilities")
+    return Capture(**maps, **{field: joined(field) for field in fields_left})
+
+
+def finer_target(
+    target: int | None = None,
+    rival: int | None = None,
+    gamma: float = 0.6,
+    head: str | None = None,
+) -> Callable:
+    """s = s_c - gamma * s_r as a target function for `capture`: what speaks for class c and not
+    also for its rival r. Zhang et al., Finer-CAM, CVPR 2025 (arXiv 2501.11309).
+
+    target: c, or None for the predicted class; rival: r, or None for the likeliest other class.
+    gamma: 0 explains c alone. head: as in `capture`.
+    """
+    if not isinstance(gamma, Real) or isinstance(gamma, bool) or not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma={gamma!r} must be a number, 0 or more.")
+
+    def score(output) -> Tensor:
+        logits = heads.logits_of(output)
+        kind = head or heads.found_head(nn.Identity(), logits)[0]
+        scores = heads.HEADS[kind].scores(logits)
+        chosen = _targets(target, scores, kind)
+        others = scores.detach().scatter(1, chosen[:, None], -math.inf)
+        against = _targets(rival, others, kind)
+        if bool((chosen == against).any()):
+            raise ValueError(f"rival={rival!r} is the target itself: name another class.")
+        both = scores.gather(1, torch.stack([chosen, against], 1))
+        return both[:, 0] - gamma * both[:, 1]
+
+    return score
 
 
 def _check_request(model: nn.Module, x: Tensor, layers: str | Sequence[str]) -> list[str]:
@@ -189,8 +321,15 @@ def _keep(name: str, x: Tensor, outputs: dict[str, Tensor]) -> Callable:
     return hook
 
 
+def _why_not(model: nn.Module) -> str:
+    """What to do where a score depends on none of a layer."""
+    if any("quantized" in type(m).__module__ for m in model.modules()):
+        return networks.QUANTISED
+    return "Choose a layer on the way to the logits."
+
+
 def _gradients(
-    score: Tensor, names: Sequence[str], outputs: Mapping[str, Tensor]
+    model: nn.Module, score: Tensor, names: Sequence[str], outputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor | None]:
     """d score / d output of each layer; None where the score does not depend on it."""
     for name in names:
@@ -200,10 +339,7 @@ def _gradients(
                 "uses."
             )
     if not score.requires_grad:
-        raise ValueError(
-            f"The logits do not depend on layer={list(names)}. Choose a layer on the way to the "
-            "logits."
-        )
+        raise ValueError(f"The score does not depend on layer={list(names)}. {_why_not(model)}")
     found = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
     return dict(zip(outputs, found, strict=True))
 
@@ -211,24 +347,22 @@ def _gradients(
 def _check_captured(
     model: nn.Module,
     x: Tensor,
-    logits: Tensor,
+    logits: Tensor | None,
+    scores: Tensor,
     outputs: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor | None],
 ) -> None:
     """What can be refused only after the pass: numbers that are not finite, and layers that do not
     count.
     """
-    tensors = {"logits": logits}
+    tensors = {} if logits is None else {"logits": logits}
+    tensors["scores"] = scores
     tensors |= {f"activations of layer={name!r}": output for name, output in outputs.items()}
     tensors |= {f"gradients of layer={n!r}": g for n, g in gradients.items() if g is not None}
     _check_finite(x, tensors)
     for name, output in outputs.items():
         if gradients[name] is None:
-            raise ValueError(
-                f"The target logit does not depend on layer={name!r}. Choose a layer on the way to "
-                "the "
-                "logits."
-            )
+            raise ValueError(f"The score does not depend on layer={name!r}. {_why_not(model)}")
         if output.ndim == 3 and not _maps(gradients[name], x).any():
             raise ValueError(
                 f"layer={name!r}: the logits depend on none of its patches, as behind the last "
@@ -238,20 +372,21 @@ def _check_captured(
             )
 
 
-def _maps(output, x: Tensor) -> Tensor | None:
+def _maps(output, x: Tensor, last: bool | None = None) -> Tensor | None:
     """A module's output for the input x as maps (B, C, h, w), h*w > 1; None where it has no
     positions.
 
-    Four dimensions are (B, C, h, w), or (B, h, w, C) if only then h : w is as in the input. Three
-    are tokens (B, n, C): n = h*w patches, in rows as in the input, and up to eight more in front of
-    them.
+    Four dimensions are (B, h, w, C) if `last`, else (B, C, h, w); where nobody knows, None, the
+    first if only then h : w is as in the input. Three are tokens (B, n, C): n = h*w patches, in
+    rows as in the input, and up to eight more in front of them.
     """
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != len(x):
         return None
     if not output.is_floating_point():
         return None
     if output.ndim == 4:
-        last = _as_wide(output.shape[1:3], x) and not _as_wide(output.shape[2:], x)
+        if last is None:
+            last = _as_wide(output.shape[1:3], x) and not _as_wide(output.shape[2:], x)
         maps = output.permute(0, 3, 1, 2) if last else output
         return maps if maps.shape[2] * maps.shape[3] > 1 else None
     for extra in range(min(9, output.shape[1] - 1)):
@@ -265,6 +400,167 @@ def _maps(output, x: Tensor) -> Tensor | None:
 def _as_wide(size: Sequence[int], x: Tensor) -> bool:
     """Whether h : w is as in the input, up to rounding to whole cells."""
     return abs(size[0] * x.shape[3] - size[1] * x.shape[2]) <= max(x.shape[2:])
+
+
+# Modules whose output has its channels first, (B, C, h, w).
+CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
+# What probing found, kept as long as the model: {layer and shape of the input: channels last?} ...
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+# ... and whether the images of a batch are independent.
+_INDEPENDENT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _channels_last(
+    model: nn.Module, x: Tensor, outputs: Mapping[str, Tensor], noted: bool = False
+) -> dict[str, bool]:
+    """Of the outputs with four dimensions: whether they are (B, h, w, C), rather than (B, C, h, w).
+
+    Shapes alone cannot tell: (64, 64, 16) is 64 channels of 64 x 16, or 16 channels of 64 x 64. A
+    module made of convolutions and their norms has channels first, and what follows it in a
+    `Sequential` and has no parameters, such as a ReLU. Of all others autograd's graph is asked,
+    once (noted: it was already, by `_note_layouts`), and where that does not tell they are probed.
+    """
+    known = _LAYOUTS.setdefault(model, {})
+    shape = tuple(x.shape[1:])
+    four = [n for n, o in outputs.items() if isinstance(o, Tensor) and o.ndim == 4]
+    new = [name for name in four if (name, shape) not in known]
+    unsure = [name for name in new if not _surely_first(model, name)]
+    known |= {(name, shape): False for name in new if name not in unsure}
+    if unsure and not noted:
+        _note_layouts(model, x, _probe(model, x)[0])
+        unsure = [name for name in unsure if (name, shape) not in known]
+    if unsure:
+        known |= {(name, shape): last for name, last in _probe_layouts(model, x, unsure).items()}
+    return {name: known[name, shape] for name in four}
+
+
+def _surely_first(model: nn.Module, layer: str) -> bool:
+    """Whether the modules that a layer is made of leave no doubt that its channels come first; of a
+    layer without parameters in a `Sequential`, those in front of it.
+    """
+    parent, _, name = layer.rpartition(".")
+    row = model.get_submodule(parent)
+    modules = [model.get_submodule(layer)]
+    if type(row).forward is nn.Sequential.forward:
+        names = [n for n, _ in row.named_children()]
+        modules = [row.get_submodule(n) for n in names[: names.index(name) + 1]]
+    for module in reversed(modules):
+        inside = list(_with_parameters(module))
+        if inside:
+            return all(isinstance(m, CHANNELS_FIRST) for m in inside)
+        if not type(module).__module__.startswith("torch.nn.modules"):
+            return False
+    return False
+
+
+def _with_parameters(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in a module, itself among them, that have parameters of their own."""
+    return (m for m in module.modules() if any(p is not None for p in m._parameters.values()))
+
+
+def _probe_layouts(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, bool]:
+    """Channels last or first, from what moves: with the upper, lower, left or right quarter of the
+    picture replaced by noise, the output changes most where rows and columns say so. Five passes
+    with one picture.
+    """
+    pictures = [x[:1].detach()]
+    noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(7)).to(x)
+    for dim, begins in ((2, True), (2, False), (3, True), (3, False)):
+        quarter = max(1, x.shape[dim] // 4)
+        changed = pictures[0].clone()
+        where = changed.narrow(dim, 0 if begins else x.shape[dim] - quarter, quarter)
+        where.copy_(noise[None].narrow(dim, 0, quarter))
+        pictures.append(changed)
+    seen: list[dict[str, Tensor]] = []
+    for picture in pictures:
+        outputs: dict[str, Tensor] = {}
+        with _borrowed(model, {name: _record(name, outputs) for name in names}):
+            _forward(model, picture.clone())
+        seen.append(outputs)
+    found = {}
+    for name in names:
+        moves = [(o[name] - seen[0][name]).abs().float()[0] for o in seen[1:]]
+        down = [_shift(moves[0], moves[1], axis) for axis in range(3)]
+        across = [_shift(moves[2], moves[3], axis) for axis in range(3)]
+        first, last = down[1] + across[2], down[0] + across[1]
+        if first == last:  # nothing moves, or everything does: the shape has to tell
+            shape = seen[0][name].shape
+            found[name] = _as_wide(shape[1:3], x) and not _as_wide(shape[2:], x)
+        else:
+            found[name] = last > first
+    return found
+
+
+def _record(name: str, outputs: dict[str, Tensor]) -> Callable:
+    """A forward hook that puts a copy of the layer's output into `outputs`."""
+
+    def hook(module: nn.Module, args: tuple, output) -> None:
+        outputs[name] = output.detach().clone()
+
+    return hook
+
+
+def _shift(a: Tensor, b: Tensor, axis: int) -> float:
+    """How much further along an axis b's weight lies than a's, as a share of its length."""
+    centres = []
+    for change in (a, b):
+        profile = change.sum([other for other in range(3) if other != axis])
+        place = torch.linspace(0, 1, len(profile), device=change.device)
+        total = profile.sum()
+        centres.append(float((profile * place).sum() / total) if total > 0 else 0.5)
+    return centres[1] - centres[0]
+
+
+def _independent(model: nn.Module, x: Tensor) -> bool:
+    """Whether a network's answer to an image is the same whatever else is in its batch. Probed once
+    for each model, with one image alone and beside noise; a warning where it is not, or where the
+    network does not take one image alone.
+    """
+    if model not in _INDEPENDENT:
+        name = type(model).__name__
+        try:
+            _INDEPENDENT[model] = _answers_alike(model, x[:1].detach())
+        except Exception as error:  # of a network's own code
+            _INDEPENDENT[model] = True
+            warnings.warn(
+                f"This {name} does not take one image alone ({error}), so it is not known whether "
+                "the images of a batch are independent.",
+                stacklevel=3,
+            )
+        if not _INDEPENDENT[model]:
+            warnings.warn(
+                f"This {name}'s answer to an image depends on the other images of its batch, as "
+                "with batch norm without running statistics, so images go through it one at a "
+                "time.",
+                stacklevel=3,
+            )
+    return _INDEPENDENT[model]
+
+
+def _answers_alike(model: nn.Module, image: Tensor) -> bool:
+    """Whether a network says the same of an image alone and of the image beside noise."""
+    noise = 1 + 2 * torch.randn(image.shape, generator=torch.Generator().manual_seed(7)).to(image)
+    with _borrowed(model, {}):
+        alone = heads.tensors_in(_forward(model, image.clone()))
+        beside = heads.tensors_in(_forward(model, torch.cat([image, noise])))
+    for (_, a), (_, b) in zip(alone, beside, strict=True):
+        if b.ndim and len(b) == 2 and not _equal_up_to_rounding(a, b[:1]):
+            return False
+    return True
+
+
+def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and bool((a == b).all())
+    scale = torch.maximum(a.abs().amax(), b.abs().amax())
+    difference = (a - b).abs().amax()
+    # what is not finite is not told here: `_check_finite` names it
+    return not bool(difference > torch.finfo(a.dtype).eps ** 0.5 * scale)
 
 
 @contextmanager
@@ -329,44 +625,37 @@ def _check_model(model) -> None:
         raise ValueError(f"model={model!r} must be a torch.nn.Module.")
 
 
+# Libraries whose networks say with an exception of their own that an input does not fit them.
+NETWORK_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "efficientnet_lite_pytorch")
+
+
 def _forward(model: nn.Module, x: Tensor):
-    """model(x). What torch says there against its shape or type becomes a ValueError that names x;
-    what a model raises itself is handed on.
+    """model(x). What torch, or a library of networks, says there against its shape or type becomes
+    a ValueError that names x; what a model of your own raises itself is handed on.
     """
     try:
         return model(x)
-    except (RuntimeError, AssertionError) as error:
-        raised_in = [
-            f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)
-        ][-1]
+    except Exception as error:
+        modules = [f.f_globals["__name__"] for f, _ in traceback.walk_tb(error.__traceback__)]
+        raised_in = modules[-1].split(".")[0]
         # exactly these: running out of memory and a device's failure are kinds of RuntimeError too,
         # and not x's fault
-        about_x = type(error) in (RuntimeError, NotImplementedError, AssertionError)
-        if not about_x or raised_in.split(".")[0] not in ("torch", "torchvision"):
+        kinds = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError)
+        about_x = type(error) in kinds and raised_in in NETWORK_LIBRARIES
+        if not about_x and not networks.wants_more(error):
             raise
         weights = next((f", its weights are {p.dtype}" for p in model.parameters()), "")
+        advice = networks.advice(error) or (
+            "Give x the type, channels and size that the model expects."
+        )
         raise ValueError(
             f"x={x.dtype} {tuple(x.shape)} does not fit this {type(model).__name__}{weights}: "
-            f"{error} "
-            "Give x the type, channels and size that the model expects."
+            f"{networks.shortened(error)} {advice}"
         ) from error
 
 
 def _logits(output, x: Tensor) -> Tensor:
-    output = getattr(output, "logits", output)
-    right = isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 2
-    if not right or len(output) != len(x) or not output.shape[1]:
-        got = (
-            f"{output.dtype} {tuple(output.shape)}"
-            if isinstance(output, Tensor)
-            else type(output).__name__
-        )
-        raise ValueError(
-            f"The model's output must be logits of shape (B, K), floats, here ({len(x)}, K); got "
-            f"{got}. Wrap the model "
-            "so that it returns them."
-        )
-    return output
+    return heads.logits_of(output, len(x))
 
 
 def _check_finite(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
@@ -382,7 +671,7 @@ def _check_finite(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
     if bool(torch.stack([s.float().to(x.device) for s in sums]).isfinite().all()):
         return
     for what, t in tensors.items():
-        wrong = (~t.detach().isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        wrong = (~t.detach().isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
         if wrong:
             source = "x is finite" if bool(x.isfinite().all()) else "x contains them too"
             hidden = "" if what == "logits" else " The logits show nothing of it."
@@ -393,20 +682,31 @@ def _check_finite(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _targets(target, logits: Tensor) -> Tensor:
-    batch, classes = logits.shape
+def _targets(target, scores: Tensor, head: str = "softmax") -> Tensor:
+    """The class index of each image, for scores (B, classes)."""
+    batch, classes = scores.shape
+    if callable(target):
+        raise ValueError(
+            "target: a function's value is no probability, which this needs: give a class."
+        )
     if target is None:
-        return logits.detach().argmax(1)
+        if head == "none" and classes > 1:
+            raise ValueError(
+                f"target=None: the {classes} outputs are values, so none of them is the predicted "
+                "class. Give the index of the one to explain, or a function of the output."
+            )
+        return scores.detach().argmax(1)
     try:
         chosen = target.clone() if isinstance(target, Tensor) else torch.tensor(target)
-        chosen = chosen.to(logits.device)
+        chosen = chosen.to(scores.device)
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0, 0)  # refused below
     whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
     if not whole or chosen.ndim > 1 or chosen.layout != torch.strided:
         raise ValueError(
-            f"target={target!r} must be a class index, one index per image, or None for the "
-            "predicted class."
+            f"target={target!r} must be a class index, one index per image, None for the "
+            "predicted class, or a function of the network's output that returns one score per "
+            "image."
         )
     chosen = chosen.long().expand(batch) if chosen.ndim == 0 else chosen.long()
     if len(chosen) != batch:
@@ -524,11 +824,12 @@ CAMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def input_gradient(
     model: nn.Module,
     x: Tensor,
-    target: int | Sequence[int] | Tensor | None = None,
+    target: Target = None,
     guided: bool = False,
+    head: str | None = None,
 ) -> Tensor:
-    """d y_t / d x of the target logit: (B, C, H, W) float32, signed; model, x and target as in
-    `capture`.
+    """d s / d x of the target's score: (B, C, H, W) float32, signed; model, x, target and head as
+    in `capture`.
 
     The vanilla gradient (Simonyan et al., ICLR workshop 2014) or, guided, guided backpropagation
     (Springenberg et al., ICLR workshop 2015), where every ReLU hands back only what is positive of
@@ -543,22 +844,31 @@ def input_gradient(
     """
     model = _unwrap(model)
     _check_input(model, x)
+    if len(x) > 1 and not _independent(model, x):
+        if target is not None and not callable(target) and not isinstance(target, int):
+            targets = [int(t) for t in target]
+        else:
+            targets = [target] * len(x)
+        alone = [
+            input_gradient(model, x[k : k + 1], t, guided, head) for k, t in enumerate(targets)
+        ]
+        return torch.cat(alone)
     with _borrowed(model, {}):
         leaf = x.detach().clone().requires_grad_()
-        logits = _logits(
-            _forward(model, leaf.clone()), x
-        )  # a clone, as a first layer may work in place
-        score = logits.gather(1, _targets(target, logits)[:, None]).sum()
+        output = _forward(model, leaf.clone())  # a clone, as a first layer may work in place
+        logits, _, scores = _scored(model, output, x, target, head)
+        score = scores.sum()
         if guided:
             _guide(score)
-        gradient = (
-            torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
-        )
-    _check_finite(
-        x, {"logits": logits} | ({} if gradient is None else {"gradients of the input": gradient})
-    )
+        gradient = None
+        if score.requires_grad:
+            gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0]
+    tensors = {"scores": scores} if logits is None else {"logits": logits, "scores": scores}
+    if gradient is not None:
+        tensors["gradients of the input"] = gradient
+    _check_finite(x, tensors)
     if gradient is None:
-        raise ValueError("The target logit does not depend on the input.")
+        raise ValueError("The target's score does not depend on the input.")
     return gradient.detach().float()
 
 
@@ -607,24 +917,36 @@ def _guide(score: Tensor) -> None:
 def integrated_gradients(
     model: nn.Module,
     x: Tensor,
-    target: int | Sequence[int] | Tensor | None = None,
+    target: Target = None,
     steps: int = 16,
     batch_size: int = 8,
+    head: str | None = None,
 ) -> Tensor:
-    """x_i * (integral over a from 0 to 1 of d y_t(a x) / d x_i): (B, C, H, W) float32, signed.
+    """x_i * (integral over a from 0 to 1 of d s(a x) / d x_i): (B, C, H, W) float32, signed.
 
     Sundararajan et al., ICML 2017, eq. 1, along the line from mean grey (zero after normalisation)
-    to the image, as captum computes it with `steps` points. Summed over all pixels it gives y_t(x)
-    - y_t(grey), up to the integral's error. model, x and target as in `capture`; batch_size: points
-    of one forward pass, at least B.
+    to the image, as captum computes it with `steps` points. Summed over all pixels it gives s(x) -
+    s(grey), up to the integral's error. model, x, target and head as in `capture`; batch_size:
+    points of one forward pass, at least B.
     """
     from captum.attr import IntegratedGradients
 
     model = _unwrap(model)
     _check_input(model, x)
+    if len(x) > 1:
+        _independent(model, x)  # warns where points of one pass would mix
     with _borrowed(model, {}):
-        chosen = _targets(target, _logits(_forward(model, x.detach().clone()), x))
-        path = IntegratedGradients(lambda points: _logits(_forward(model, points), points))
+        image = x.detach().clone()
+        logits, chosen, _ = _scored(model, _forward(model, image), x, target, head)
+        head = head if logits is None else _head_of(model, logits, head)
+
+        def scores_of(points: Tensor) -> Tensor:
+            output = _forward(model, points)
+            if callable(target):
+                return _called(target, output, points)
+            return heads.HEADS[head].scores(heads.logits_of(output, len(points)))
+
+        path = IntegratedGradients(scores_of)
         found = path.attribute(
             x.detach().clone(),
             target=chosen,
@@ -637,7 +959,7 @@ def integrated_gradients(
 def pixel_maps(
     model: nn.Module,
     x: Tensor,
-    target: int | Sequence[int] | Tensor | None,
+    target: Target,
     layer: str,
     batch_size: int = 8,
 ) -> dict[str, Tensor]:
@@ -651,34 +973,28 @@ def pixel_maps(
     captured = capture(model, x, layer, target)
     cam = cam_at(captured, grad_cam, layer, tuple(x.shape[2:]))
     maps = {"Grad-CAM": cam}
-    maps["vanilla gradient"] = input_gradient(model, x, captured.target).abs().amax(1)
+    same = target if captured.target is None else captured.target
+    maps["vanilla gradient"] = input_gradient(model, x, same).abs().amax(1)
     try:
-        guided = input_gradient(model, x, captured.target, guided=True)
+        guided = input_gradient(model, x, same, guided=True)
     except ValueError:  # the one thing that can still be wrong here: a rectifier without a rule
         pass
     else:
         maps["guided backpropagation"] = guided.abs().amax(1)
         maps["guided Grad-CAM"] = (guided * cam[:, None]).abs().amax(1)
-    attributed = integrated_gradients(model, x, captured.target, batch_size=batch_size)
+    attributed = integrated_gradients(model, x, same, batch_size=batch_size)
     maps["Integrated Gradients"] = attributed.sum(1).abs()
     return {name: normalise(found) for name, found in maps.items()}
 
 
-def fgsm(
-    model: nn.Module,
-    x: Tensor,
-    target: int | Sequence[int] | Tensor | None,
-    epsilon: float,
-) -> Tensor:
-    """clip(pixels - epsilon * sign(d y_t / d x)), pixels in [0, 1]: preprocessed images (B, 3, H,
-    W), like x.
+def fgsm(model: nn.Module, x: Tensor, target: Target, epsilon: float) -> Tensor:
+    """clip(pixels - epsilon * sign(d s / d x)), pixels in [0, 1]: preprocessed images (B, C, H, W),
+    like x.
 
-    The fast gradient sign method (Goodfellow et al., ICLR 2015, section 4) on the logit in place of
-    the loss: every value of every pixel moves by epsilon in the direction that lowers the target's
-    logit.
+    The fast gradient sign method (Goodfellow et al., ICLR 2015, section 4) on the target's score in
+    place of the loss: every value of every pixel moves by epsilon in the direction that lowers it.
     """
-    mean = torch.tensor(MEAN, device=x.device).view(1, 3, 1, 1)
-    deviation = torch.tensor(STD, device=x.device).view(1, 3, 1, 1)
+    mean, deviation = networks.channel_values(model, x)
     pixels = x * deviation + mean
     moved = pixels - epsilon * input_gradient(model, x, target).sign()
     return (moved.clamp(0, 1) - mean) / deviation
@@ -897,163 +1213,502 @@ def cam_at(
 # ----------------------------------------------------------------------------------------- 5 layers
 
 
-def _probe(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, object]]:
-    """(name, module, output) of every module each time it ends, in one pass with one image."""
+class _End(NamedTuple):
+    """The end of a module in a probe pass. edge: where autograd's graph has what it handed on (the
+    first tensor of several); given: what it was given. None for what does not depend on the input.
+    """
+
+    name: str
+    module: nn.Module
+    output: object
+    edge: GradientEdge | None
+    given: GradientEdge | None
+
+
+def _probe(model: nn.Module, x: Tensor) -> tuple[list[_End], object]:
+    """(the end of every module, in order; the network's output), in one pass with one image, all of
+    which autograd records.
+    """
     _check_input(model, x)
-    ended: list[tuple[str, nn.Module, object]] = []
+    ends: list[_End] = []
 
     def record(name: str) -> Callable:
-        return lambda module, args, output: ended.append((name, module, output))
+        def hook(module: nn.Module, args: tuple, output):
+            if isinstance(output, Tensor) and output._is_view():
+                output = output.clone()  # an operation in place would rewrite a view's history
+            ends.append(_End(name, module, output, _edge(output), _edge(args)))
+            return output
+
+        return hook
 
     hooked = [
         n for n, m in model.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)
     ]
     with _borrowed(model, {name: record(name) for name in hooked}):
-        _forward(model, x[:1].detach().clone())
-    return ended
+        leaf = x[:1].detach().clone().requires_grad_()
+        output = _forward(model, leaf.clone())
+    return ends, output
+
+
+def _edge(value) -> GradientEdge | None:
+    """Where autograd's graph has the first tensor of a module's input or output."""
+    tensor = next((t for _, t in heads.tensors_in(value)), None)
+    if tensor is None or not tensor.requires_grad:
+        return None
+    return get_gradient_edge(tensor)
 
 
 def layer_shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int, int]]:
-    """Every layer that `capture` can take, in order of execution: {dotted name: (C, h, w)}. One
-    pass, one image.
-    """
+    """Every layer that `capture` can take, in order of execution: {dotted name: (C, h, w)}."""
     model = _unwrap(model)
-    ended = _probe(model, x)
-    often = Counter(name for name, _, _ in ended)
-    maps = {name: _maps(output, x[:1]) for name, _, output in ended if often[name] == 1}
-    return {name: tuple(m.shape[1:]) for name, m in maps.items() if m is not None}
+    ends = _once(_probe(model, x)[0])
+    return {name: tuple(m.shape[1:]) for name, m in _maps_of(model, x[:1], ends).items()}
 
 
-def stages(model: nn.Module, x: Tensor, until: str = "") -> dict[str, int]:
+def _once(ends: Sequence[_End]) -> list[_End]:
+    """The ends of modules that end once: the others are ambiguous."""
+    often = Counter(end.name for end in ends)
+    return [end for end in ends if often[end.name] == 1]
+
+
+def _maps_of(model: nn.Module, x: Tensor, ends: Sequence[_End]) -> dict[str, Tensor]:
+    """{name: maps (1, C, h, w)} of the ends that have any."""
+    outputs = {end.name: end.output for end in ends if _maps(end.output, x) is not None}
+    _note_layouts(model, x, ends)
+    last = _channels_last(model, x, outputs, noted=True)
+    maps = {name: _maps(output, x, last.get(name)) for name, output in outputs.items()}
+    return {name: m for name, m in maps.items() if m is not None}
+
+
+def _note_layouts(model: nn.Module, x: Tensor, ends: Sequence[_End]) -> None:
+    """Where the graph of a pass says whether an output has its channels last, `_channels_last` need
+    not probe it.
+    """
+    known = _LAYOUTS.setdefault(model, {})
+    for end in ends:
+        if end.edge and isinstance(end.output, Tensor) and end.output.ndim == 4:
+            last = _has_channels_last(end.edge.node)
+            if last is not None:
+                known[end.name, tuple(x.shape[1:])] = last
+
+
+# ---- the graph of a pass. A node is one operation, such as a convolution or a sum, as autograd
+# names it; names of modules do not count.
+
+WEIGHTED = "Convolution|mm|^Linear"
+ACTIVATION = "relu|hardtanh|silu|gelu|swish|sigmoid|tanh|elu|mish|softplus|threshold|clamp|erf"
+MOVES = "View|Reshape|Permute|Transpose|^TB|Clone|Alias|squeeze|Expand|Slice|Split|ToCopy|Hook"
+SCALES = "^(Add|Sub|Mul|Div|Neg)B"
+
+
+def _is(node: Node, kind: str) -> bool:
+    return re.search(kind, node.name(), re.IGNORECASE) is not None
+
+
+def _sources(node: Node) -> list[Node]:
+    return [source for source, _ in node.next_functions if source is not None]
+
+
+def _is_activation(node: Node) -> bool:
+    """An elementwise function that bends, such as a ReLU; a function of one's own with one input
+    (torch.autograd.Function) is taken for one.
+    """
+    own = isinstance(node, torch.autograd.function.BackwardCFunction) and not _is(node, "Hook")
+    return _is(node, ACTIVATION) or (own and len(_sources(node)) == 1)
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether an operation only moves numbers, or scales them and adds constants."""
+    return len(_sources(node)) == 1 and (_is(node, MOVES) or _is(node, SCALES))
+
+
+def _maker(node: Node) -> Node:
+    """The operation that made a node's numbers, behind those that only hand them on."""
+    while _hands_on(node):
+        node = _sources(node)[0]
+    return node
+
+
+def _has_channels_last(node: Node) -> bool | None:
+    """Whether what an operation made is (B, h, w, C), from the nearest operation in front of it
+    that tells: convolutions have channels first, linear maps last. None where none tells.
+    """
+    ahead = [node]
+    seen = set()
+    for node in ahead:
+        if _is(node, "Convolution|BatchNorm|GroupNorm|Pool|Upsample"):
+            return False
+        by_weights = _is(node, "^(Addmm|Mm|Bmm|Linear)B") and len(_sources(node)) == 1
+        if by_weights or _is(node, "LayerNorm"):
+            return True
+        if _is(node, "Permute"):
+            return {(0, 3, 1, 2): False, (0, 2, 3, 1): True}.get(tuple(node._saved_dims))
+        if node not in seen and not _is(node, "Transpose|^TB|Bmm|Attention"):
+            seen.add(node)
+            ahead.extend(_sources(node))
+    return None
+
+
+class _Graph:
+    """The operations between the input and a score.
+
+    users: {operation: those that use what it made}. passed: {operation that everything passes
+    through: how many operations with weights are between it and the score}, from the score to the
+    input. weighted: how many there are in all.
+    """
+
+    def __init__(self, score: Tensor):
+        root = score.grad_fn
+        self.users: dict[Node, list[Node]] = {root: []}
+        found = [root]
+        for node in found:
+            for source in _sources(node):
+                if source not in self.users:
+                    self.users[source] = []
+                    found.append(source)
+                self.users[source].append(node)
+        self.passed: dict[Node, int] = {}
+        self.weighted = 0
+        unseen = {node: len(users) for node, users in self.users.items()}
+        ready = [root]
+        paths = 0  # that lead on from the operations seen to others
+        while ready:
+            node = ready.pop()
+            paths -= len(self.users[node])
+            if paths == 0:
+                self.passed[node] = self.weighted
+            self.weighted += _is(node, WEIGHTED)
+            for source in _sources(node):
+                paths += 1
+                unseen[source] -= 1
+                if unseen[source] == 0:  # all its users were seen
+                    ready.append(source)
+
+    def uses(self, node: Node) -> list[Node]:
+        """The operations that use a node's numbers, behind padding and what only hands them on."""
+        found: list[Node] = []
+        ahead = list(self.users[node])
+        for user in ahead:
+            if _hands_on(user) or _is(user, "Pad"):
+                ahead.extend(self.users[user])
+            else:
+                found.append(user)
+        return found
+
+
+# ---- places in the graph
+
+
+class _Place(NamedTuple):
+    """A layer where a map can be taken. name: of the outermost module that ends there; end: the end
+    of the innermost; shape: (C, h, w) of its maps.
+    """
+
+    name: str
+    end: _End
+    shape: tuple[int, int, int]
+
+    @property
+    def node(self) -> Node:
+        return self.end.edge.node
+
+    @property
+    def positions(self) -> int:
+        return self.shape[1] * self.shape[2]
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.end.output.ndim == 3
+
+
+def _places(model: nn.Module, x: Tensor, ends: Sequence[_End]) -> dict[Node, _Place]:
+    """Every layer that has maps, by the operation that it ends in. A module that hands on what
+    another one made, as dropout does, is no place of its own.
+    """
+    maps = _maps_of(model, x, ends)
+    at: dict[Node, list[_End]] = {}
+    for end in ends:
+        if end.name in maps:
+            at.setdefault(end.edge.node, []).append(end)
+    places = {}
+    for node, here in at.items():
+        inner = here[0]
+        around = [end.name for end in here if f"{inner.name}.".startswith(f"{end.name}.")]
+        places[node] = _Place(around[-1], inner, tuple(maps[inner.name].shape[1:]))
+    return places
+
+
+def _passed_places(
+    graph: _Graph, places: Mapping[Node, _Place], classes: set[int]
+) -> dict[Node, _Place]:
+    """The places that everything passes through, from the input to the score. Weights lie in front
+    of them; without any behind them, and as many channels as classes, they are the answer itself.
+    """
+    found = {}
+    for node, behind in reversed(graph.passed.items()):
+        if node in places and behind < graph.weighted:
+            if behind or places[node].shape[0] not in classes:
+                found[node] = places[node]
+    return {n: place for n, place in found.items() if not _is_no_place(place, found)}
+
+
+def _is_no_place(place: _Place, places: Mapping[Node, _Place]) -> bool:
+    """Padding, and pooling: by a module without weights, or of what is a place itself."""
+    maker = _maker(place.node)
+    if _is(maker, "Pad"):
+        return True
+    without_weights = not any(True for _ in place.end.module.parameters())
+    return _is(maker, "Pool") and (without_weights or _sources(maker)[0] in places)
+
+
+def _rescaled(place: _Place) -> Node | None:
+    """What a normalisation, or another layer with a weight per channel at most, was given; None if
+    the place is no such thing.
+    """
+    maker, module = _maker(place.node), place.end.module
+    if _is(maker, "Norm"):
+        return _sources(maker)[0]
+    own = [t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None]
+    small = own and all(t.numel() <= place.shape[0] for t in own)
+    if small and place.end.given and not any(module.children()):
+        given = place.end.given.node
+        return given if _maker(given) is not maker else None  # a mere scale is no normalisation
+    return None
+
+
+def _is_step(graph: _Graph, place: _Place, places: Mapping[Node, _Place]) -> bool:
+    """Whether a place is a step on the way and no end of a block: a normalisation or a bare
+    convolution that feeds an activation; a bare convolution that feeds a normalisation; a
+    normalisation, not that of a convolution, that only feeds convolutions with strides.
+    """
+    given = _rescaled(place)
+    if given is None and not _is(_maker(place.node), WEIGHTED):
+        return False
+    uses = graph.uses(place.node)
+    if any(_is_activation(use) for use in uses):
+        return all(_is_activation(use) or _is(use, "^MulB") for use in uses)  # as in x * sigmoid(x)
+    if given is None:
+        normed = any(_rescaled(other) == place.node for other in places.values())
+        return normed or all(_is(use, "Norm") for use in uses)
+    strides = [max(getattr(use, "_saved_stride", [1])) for use in uses]
+    return min(strides, default=1) > 1 and not _is(_maker(given), WEIGHTED)
+
+
+# ---- tokens: whether patches count, and what they pass through
+
+
+def _patches_count(
+    score: Tensor, x: Tensor, edges: Sequence[GradientEdge], cut: GradientEdge | None = None
+) -> list[bool]:
+    """Whether a score depends on the positions of maps, or of tokens the patches and not only the
+    class token, at these edges of its graph; with another edge cut or not.
+    """
+    if not edges:
+        return []
+    handle = None
+    if cut is not None:
+        handle = cut.node.register_prehook(
+            lambda grads: tuple(None if g is None else torch.zeros_like(g) for g in grads)
+        )
+    try:
+        found = torch.autograd.grad(score, list(edges), allow_unused=True, retain_graph=True)
+    finally:
+        if handle:
+            handle.remove()
+    maps = [None if g is None else _maps(g, x) for g in found]
+    return [m is not None and bool(m.any()) for m in maps]
+
+
+def _that_count(
+    score: Tensor, x: Tensor, places: Mapping[Node, _Place]
+) -> tuple[dict[Node, _Place], bool]:
+    """(the places without tokens whose patches the score does not depend on; whether it depends on
+    nothing at all).
+    """
+    tokens = [place for place in places.values() if place.is_tokens]
+    counts = _patches_count(score, x, [place.end.edge for place in tokens])
+    idle = {place.node for place, count in zip(tokens, counts, strict=True) if not count}
+    kept = {node: place for node, place in places.items() if node not in idle}
+    return kept, bool(tokens) and len(idle) == len(tokens)
+
+
+def _in_front_of_the_last_attention(
+    graph: _Graph, score: Tensor, x: Tensor, ends: Sequence[_End], places: Mapping[Node, _Place]
+) -> _Place | None:
+    """Where a class token takes up what the patches have: behind the last place that everything
+    passes through, the last layer that all passes through which its patches have to say. In a ViT
+    the normalisation in front of the last attention; queries, keys and values pass each other by.
+    """
+    outputs = {end.edge.node: end.edge for end in ends if end.edge}
+    known = {end.given.node: end.given for end in ends if end.given} | outputs
+    way = [known[n] for n, behind in graph.passed.items() if n in known and behind < graph.weighted]
+    way = [edge for edge, counts in zip(way, _patches_count(score, x, way), strict=True) if counts]
+    for node, place in reversed(places.items()):
+        given = place.end.given
+        if node in graph.passed or given is None or given.node not in graph.passed:
+            continue
+        # what was put together for this layer alone, class token and patches, came from elsewhere
+        before = [edge for edge in way if edge.node in outputs or edge.node is not given.node]
+        before = before or [given]
+        if not _patches_count(score, x, before[:1], cut=place.end.edge)[0]:
+            return place
+    return None
+
+
+# ---- stages
+
+
+def stages(model: nn.Module, x: Tensor, until: str = "", target: Target = None) -> dict[str, int]:
     """Where a map can be taken, {layer: height of its map}, in order of execution: at each
-    resolution the last layer that everything passes through. Found by a few probe passes with one
-    image.
+    resolution the last place that everything passes through. Found in the graph that autograd
+    records of one pass with one image; where an output may have its channels first or last,
+    `capture` probes it with five more.
 
-    Candidates are the layers of `layer_shapes` whose maps are shaped like the input, that are no
-    pooling layers (nor containers that end in one), lie in front of the classifier (the last module
-    with weights that runs), and that everything passes through (not one branch of a block). Where
-    several names share one output, the outermost counts. For ResNet: relu, layer1, layer2, layer3,
-    layer4. A network of one resolution that works on tokens (ViT) has four stages, evenly spaced:
-    the last layer whose patches still reach the logits, and its like in earlier blocks. For ViT-B:
-    encoder.layers.encoder_layer_2.ln_1, then 5, 8, 11.
+    A place lies behind the first weights and in front of the classifier. The end of a block counts
+    before a step on the way to it: a normalisation or bare convolution in front of an activation, a
+    bare convolution in front of its normalisation, a normalisation in front of a convolution with
+    strides. Padding is no place; pooling none where a place is what it pools, or a module of its
+    own. Where several names share one output, the outermost counts. For ResNet: relu, layer1,
+    layer2, layer3, layer4.
+
+    A network that reads a class token is asked at the last layer that all passes through which its
+    patches have to say: for ViT-B encoder.layers.encoder_layer_11.ln_1. A network of one resolution
+    has four stages, evenly spaced: that layer and its like in earlier blocks (2, 5, 8).
 
     until: only what is finer than this layer, or in a network of one resolution ends before it; and
-    the layer itself.
+    the layer itself. target: where the network's output holds no logits, the function of it that is
+    explained.
     """
+    found = _stages(model, x, target)
+    heights = {place.name: place.shape[1] for place in found}
+    if not until:
+        return heights
+    until_size = tuple(capture(_unwrap(model), x[:1], until, target).activations[until].shape[2:])
+    areas = {place.name: place.positions for place in found}
+    finer = [name for name, area in areas.items() if area > math.prod(until_size)]
+    if len(set(areas.values())) == 1 and not finer:
+        order = [end.name for end in _probe(_unwrap(model), x)[0]]
+        finer = [name for name in areas if order.index(name) < order.index(until)]
+    return {name: heights[name] for name in finer} | {until: until_size[0]}
+
+
+def _stages(model: nn.Module, x: Tensor, target: Target) -> list[_Place]:
+    """The places of `stages`."""
     model = _unwrap(model)
-    ended = _probe(model, x)
+    ends, output = _probe(model, x)
     x = x[:1].detach()
-    heights, tokens = _candidates(ended, x)
-    one_resolution = len({heights[name] for name in tokens}) == 1
-    found = _token_stages(model, x, tokens) if one_resolution else _map_stages(model, x, heights)
-    if until:
-        height = capture(model, x, until).activations[until].shape[2]
-        order = [name for name, _, _ in ended]
-        if len({heights[name] for name in found}) == 1:
-            found = [n for n in found if heights[n] > height or order.index(n) < order.index(until)]
-        else:
-            found = [n for n in found if heights[n] > height]
-        return {name: heights[name] for name in found} | {until: height}
-    return {name: heights[name] for name in found}
+    score = (target(output) if callable(target) else _logits(output, x)).amax()
+    if not score.requires_grad:
+        raise ValueError(
+            f"The logits of this {type(model).__name__} do not depend on its input, as far as "
+            "autograd sees. Is there torch.no_grad or .detach() in its forward? Name a layer "
+            "behind it with layer=."
+        )
+    graph = _Graph(score)
+    places = _places(model, x, _near(graph, ends))
+    places, nothing_counts = _that_count(score, x, places)
+    if nothing_counts:
+        raise ValueError(_no_gradient(model, ends))
+    classes = {t.shape[1] for _, t in heads.tensors_in(output) if t.ndim > 1}
+    passed = _passed_places(graph, places, classes)
+    block_ends = [place for place in passed.values() if not _is_step(graph, place, passed)]
+    best = {place.positions: place for place in [*passed.values(), *block_ends]}
+    ladder = [place for place in passed.values() if place is best[place.positions]]
+    tokens = {node: place for node, place in places.items() if place.is_tokens}
+    attended = tokens and _in_front_of_the_last_attention(graph, score, x, ends, tokens)
+    if attended:
+        ladder = [*(place for place in ladder if place.positions != attended.positions), attended]
+        alike = [place for place in tokens.values() if _role(place) == _role(attended)]
+        if len(alike) >= 4:
+            return _spread(ladder, alike)
+    return _spread(ladder, block_ends) if ladder else []
 
 
-def _candidates(
-    ended: Sequence[tuple[str, nn.Module, object]], x: Tensor
-) -> tuple[dict[str, int], list[str]]:
-    """({layer: height of its map} of what may be a stage, in order of execution; those of them
-    whose output is tokens).
-
-    ended: what `_probe` saw. A module that only hands its input on (identity, dropout) is no place
-    of its own.
+def _near(graph: _Graph, ends: Sequence[_End]) -> list[_End]:
+    """Modules that end once, in tokens that the score depends on or in maps that everything passes
+    through.
     """
-    often = Counter(name for name, _, _ in ended)
-    pooled = [output for _, module, output in ended if "Pool" in type(module).__name__]
-    weighted = [
-        k for k, (_, m, _) in enumerate(ended) if any(True for _ in m.parameters(recurse=False))
-    ]
-    heights: dict[str, int] = {}
-    tokens: list[str] = []
-    for name, module, output in ended[: max(weighted, default=0)]:
-        if often[name] > 1 or isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
-            continue
-        if any(output is p for p in pooled):
-            continue
-        maps = _maps(output, x)
-        if maps is None or not _as_wide(maps.shape[2:], x):
-            continue
-        heights[name] = maps.shape[2]
-        if output.ndim == 3:
-            tokens.append(name)
-    return heights, tokens
+    often = Counter(end.name for end in ends)
+    found = []
+    for end in ends:
+        if often[end.name] == 1 and isinstance(end.output, Tensor) and end.edge:
+            if end.edge.node in graph.passed or (
+                end.output.ndim == 3 and end.edge.node in graph.users
+            ):
+                found.append(end)
+    return found
 
 
-def _map_stages(model: nn.Module, x: Tensor, heights: Mapping[str, int]) -> list[str]:
-    """Of each height the last layer that everything passes through."""
-    found: dict[int, str] = {}
-    for name in reversed(heights):
-        if heights[name] not in found and _all_passes(model, x, name):
-            found[heights[name]] = name
-    return list(found.values())[::-1]
+def _role(place: _Place) -> str:
+    """A layer's name without the number of its block."""
+    return re.sub(r"\d+", "#", place.name)
 
 
-def _token_stages(model: nn.Module, x: Tensor, names: Sequence[str]) -> list[str]:
-    """Four layers, evenly spaced: the last whose patches reach the logits, and those of earlier
-    blocks whose names differ from its in the first number alone.
+def _spread(ladder: Sequence[_Place], alike: Sequence[_Place]) -> list[_Place]:
+    """The ladder; in a network of one resolution, or whose tokens have one in at least four blocks,
+    four places, evenly spaced, the last of them the ladder's: of those alike, the commonest kind.
     """
-    deep = next((name for name in reversed(names) if _patches_count(model, x, name)), "")
-    if not deep:
-        return []
-    alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(deep), count=1))
-    blocks = [name for name in names if alike.fullmatch(name)]
-    blocks = blocks[: blocks.index(deep) + 1]
-    ends = [len(blocks) * quarter // 4 for quarter in range(1, 5)]
-    return list(dict.fromkeys(blocks[end - 1] for end in ends if end))
+    deep = ladder[-1]
+    alike = [place for place in alike if place.is_tokens == deep.is_tokens]
+    if any(place.positions != deep.positions for place in alike):
+        return list(ladder)
+    kinds = Counter(type(place.end.module) for place in alike)
+    kind = max(kinds, key=lambda kind: (kinds[kind], kind is type(deep.end.module)), default=None)
+    blocks = [place for place in alike if type(place.end.module) is kind]
+    if len(ladder) > 1 and not (deep.is_tokens and len(blocks) >= 4):
+        return list(ladder)
+    ends = [len(blocks) * quarter // 4 for quarter in range(1, 4)]
+    earlier = dict.fromkeys(blocks[end - 1] for end in ends if end)
+    return [*(place for place in earlier if place is not deep), deep]
 
 
-def default_layers(model: nn.Module, x: Tensor) -> tuple[str, str]:
+def _no_gradient(model: nn.Module, ends: Sequence[_End]) -> str:
+    """What to say of a network whose score depends on nothing."""
+    cause = "every gradient is zero"
+    for end in ends:
+        weights = [p for p in end.module._parameters.values() if p is not None and p.ndim > 1]
+        if any(not weight.any() for weight in weights):
+            cause = f"the weights of {end.name!r} are all zero"
+    return (
+        f"The logits of this {type(model).__name__} do not depend on its input: {cause}, as before "
+        "training. There is nothing to explain: load trained weights."
+    )
+
+
+def default_layers(model: nn.Module, x: Tensor, target: Target = None) -> tuple[str, str]:
     """(deep, shallow): where Grad-CAM and where LayerCAM look by default: the last of `stages`, and
     the one whose resolution is nearest to four times deep's. For ResNet: layer4, layer2. A model of
     one resolution has no finer one: then the middle stage is shallow (ViT-B: the sixth of twelve
-    blocks), or deep itself if it is the only one.
+    blocks), or deep itself if it is the only one. target: see `stages`.
 
     Raises ValueError when a model has no such layer.
     """
-    found = stages(model, x)
+    found = _stages(model, x, target)
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no layer with a spatial output before its classifier: "
-            "name one with layer=."
+        raise ValueError(_no_layer(_unwrap(model), x))
+    areas = [place.positions for place in found]
+    wanted = 16 * areas[-1]
+    finer = [place for place, area in zip(found, areas, strict=True) if area > areas[-1]]
+    middle = found[(len(found) - 1) // 2]
+    shallow = min(
+        reversed(finer), key=lambda p: abs(math.log(p.positions / wanted)), default=middle
+    )
+    return found[-1].name, shallow.name
+
+
+def _no_layer(model: nn.Module, x: Tensor) -> str:
+    """What to say of a network without stages."""
+    name = type(model).__name__
+    if layer_shapes(model, x):
+        return (
+            f"{name} has no layer that runs once and that everything passes through, as where "
+            "branches meet only in the classifier: name one with layer=, or several joined by "
+            "'+'. layer_shapes(model, x) lists them."
         )
-    deep, low = list(found.items())[-1]
-    finer = sorted((h, n) for n, h in found.items() if h > low)
-    middle = (low, list(found)[(len(found) - 1) // 2])
-    return deep, min(finer, key=lambda pair: abs(math.log(pair[0] / (4 * low))), default=middle)[1]
-
-
-def _all_passes(model: nn.Module, x: Tensor, layer: str) -> bool:
-    """Whether all that reaches the logits passes through the layer: with its output cut off, they
-    no longer depend on the input.
-    """
-    with _borrowed(model, {layer: lambda module, args, output: output.detach()}):
-        return not _logits(_forward(model, x.clone().requires_grad_().clone()), x).requires_grad
-
-
-def _patches_count(model: nn.Module, x: Tensor, layer: str) -> bool:
-    """Whether the logits depend on what a layer has for the patches, and not only on its class
-    token.
-    """
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        kept.append(output.detach().requires_grad_())
-        return kept[0].clone()
-
-    with _borrowed(model, {layer: keep}):
-        score = _logits(_forward(model, x.clone()), x).amax()
-        gradient = (
-            torch.autograd.grad(score, kept, allow_unused=True)[0] if score.requires_grad else None
-        )
-    return gradient is not None and bool(_maps(gradient, x).any())
+    return (
+        f"{name} has no layer with a spatial output before its classifier that runs once: name "
+        "one with layer=."
+    )
 
 
 def matching_layers(layers: str, stages_here: Sequence[str], stages_there: Sequence[str]) -> str:
@@ -1088,39 +1743,51 @@ def resolve_layers(
 
 @dataclass(frozen=True)
 class Explanation:
-    """cam: (H, W) float32 array in [0, 1]; target: the class explained; probability: its softmax;
-    method and layers as used.
+    """cam: (H, W) float32 array in [0, 1]. target: the class explained, None for a target function;
+    probability: its probability, None without one; score: the value that was explained;
+    probabilities: (classes,) of all, or None. method, layers, alpha and head as used; rival: the
+    class against which the target was explained, or None.
     """
 
     cam: np.ndarray
-    target: int
-    probability: float
+    target: int | None
+    probability: float | None
     method: str
     layer: str
     shallow_layer: str
     alpha: float
+    score: float = math.nan
+    probabilities: np.ndarray | None = None
+    head: str = "softmax"
+    rival: int | None = None
 
 
 def explain(
     model: nn.Module,
-    image: str | Path | Image.Image | Tensor,
-    target: int | None = None,
+    image: str | Path | Image.Image | np.ndarray | Tensor,
+    target: int | Callable | None = None,
     method: str = "hybrid",
     layer: str | None = None,
     shallow_layer: str | None = None,
     alpha: float = 0.5,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     rule: str = "product",
     fuse: str = "product",
+    head: str | None = None,
+    rival: int | str | None = None,
+    gamma: float = 0.6,
 ) -> Explanation:
     """One image, one map, one call.
 
-    image: a path or PIL image (squashed to size x size, ImageNet-normalised), or a preprocessed
-    tensor (3, H, W) or (1, 3, H, W). target: class index, or None for the predicted class. method:
-    "hybrid" (Grad-CAM at `layer` with LayerCAM at `shallow_layer`, by `rule` and alpha; see
-    `hybrid`) or a name in CAMS (at `layer`). Layers default to `default_layers`; both may be
-    several, "layer2+layer3", joined by `fuse` (see `fuse_layers`). size: the side of the model's
-    input, else its `image_size`, else 224; the map has this size, and `overlay` fits it to the
+    image: a path, PIL image or array (made the model's input as `networks.preprocessing_of` says),
+    or a preprocessed tensor (C, H, W) or (1, C, H, W). target: class index, a function of the
+    output that returns one score per image, or None for the predicted class; head: what the output
+    means, see `capture`. rival: a class index, or "auto" for the likeliest other class, to explain
+    what speaks for the target and not for the rival, by gamma; see `finer_target`. method: "hybrid"
+    (Grad-CAM at `layer` with LayerCAM at `shallow_layer`, by `rule` and alpha; see `hybrid`) or a
+    name in CAMS (at `layer`). Layers default to `default_layers`; both may be several,
+    "layer2+layer3", joined by `fuse` (see `fuse_layers`). size: the side of the model's input or
+    (H, W), else what the model says, else 224; the map has this size, and `overlay` fits it to the
     photograph. Raises ValueError for an unknown method, and what `capture` and `hybrid` raise.
     """
     _check_model(model)
@@ -1135,13 +1802,16 @@ def explain(
     x = _one_input(model, image, size)
     deep, shallow = layer, shallow_layer
     if not layer or (method == "hybrid" and not shallow_layer):
-        found_deep, found_shallow = default_layers(model, x)
+        found_deep, found_shallow = default_layers(model, x, target if callable(target) else None)
         deep = layer or found_deep
         shallow = shallow_layer or found_shallow
     names = deep.split("+")
     if method == "hybrid":
         names = [*shallow.split("+"), *names]
-    captured = capture(model, x, names, target)
+    asked = target
+    if rival is not None:
+        asked = _against(model, target, rival, gamma, head)
+    captured = capture(model, x, names, asked, head)
     side = tuple(x.shape[2:])
     if method == "hybrid":
         coarse = cam_at(captured, grad_cam, deep, side, fuse)
@@ -1150,13 +1820,57 @@ def explain(
     else:
         shallow = ""
         maps = cam_at(captured, CAMS[method], deep, side, fuse)
-    index = int(captured.target[0])
-    probability = float(captured.logits.float().softmax(1)[0, index])
-    return Explanation(maps[0].cpu().numpy(), index, probability, method, deep, shallow, alpha)
+    head = None if captured.logits is None else _head_of(model, captured.logits, head)
+    index, other = _classes_of(captured, target, rival, head)
+    p = captured.probabilities
+    return Explanation(
+        cam=maps[0].cpu().numpy(),
+        target=index,
+        probability=None if p is None or index is None else float(p[0, index]),
+        method=method,
+        layer=deep,
+        shallow_layer=shallow,
+        alpha=alpha,
+        score=float(captured.scores[0]),
+        probabilities=None if p is None else p[0].cpu().numpy(),
+        head=head or "none",
+        rival=other,
+    )
+
+
+def _against(model: nn.Module, target, rival: int | str, gamma: float, head: str | None):
+    """The target function of Finer-CAM that `explain`'s target, rival and gamma mean."""
+    if callable(target):
+        raise ValueError(
+            "rival: a target function has none. Write the difference into the function itself."
+        )
+    if rival != "auto" and (not isinstance(rival, int) or isinstance(rival, bool)):
+        raise ValueError(
+            f"rival={rival!r} must be a class index, or 'auto' for the likeliest other class."
+        )
+    said = getattr(model, "output_head", None)
+    head = head or (said if isinstance(said, str) else None)
+    return finer_target(target, None if rival == "auto" else rival, gamma, head)
+
+
+def _classes_of(
+    captured: Capture, target, rival: int | str | None, head: str | None
+) -> tuple[int | None, int | None]:
+    """(the class that was explained, its rival) as indices, None where there is none."""
+    if callable(target) or captured.logits is None:
+        return None, None
+    if rival is None:
+        return int(captured.target[0]), None
+    scores = heads.HEADS[head].scores(captured.logits.float())
+    chosen = _targets(target, scores, head)
+    others = scores.scatter(1, chosen[:, None], -math.inf)
+    return int(chosen[0]), int(_targets(None if rival == "auto" else rival, others)[0])
 
 
 def _one_input(
-    model: nn.Module, image: str | Path | Image.Image | Tensor, size: int | None
+    model: nn.Module,
+    image: str | Path | Image.Image | np.ndarray | Tensor,
+    size: int | tuple | None,
 ) -> Tensor:
     """A path, picture or preprocessed tensor as the model's input (1, C, H, W), on its device and
     in its type.
@@ -1168,17 +1882,14 @@ def _one_input(
                 "`networks.preprocess`."
             )
         x = image[None] if image.ndim == 3 else image
-    elif isinstance(image, str | Path | Image.Image):
-        side = size or getattr(model, "image_size", 224)
-        if not isinstance(side, int) or side < 1:
-            raise ValueError(
-                f"size={side!r} must be a whole number from 1 on, the side of the model's input."
-            )
-        picture = image if isinstance(image, Image.Image) else datasets.read_image(image)
-        x = networks.preprocess(picture, side)
+    elif isinstance(image, str | Path | Image.Image | np.ndarray):
+        how = networks.preprocessing_of(model)
+        if size is not None:
+            how = networks.resized(how, size)
+        x = networks.preprocess(datasets.as_rgb(image), how)
     else:
         raise ValueError(
-            f"image must be a path, a PIL image or a tensor; got {type(image).__name__}."
+            f"image must be a path, a picture or a tensor; got {type(image).__name__}."
         )
     if x.ndim != 4 or len(x) != 1:
         raise ValueError(
@@ -1335,16 +2046,46 @@ def _generator(seed: int, image_id: str, stream: int) -> np.random.Generator:
 # ----------------------------------------------------------------------------------- 8 faithfulness
 
 
-@torch.inference_mode()
 def probabilities(
-    model: nn.Module, x: Tensor, batch_size: int = 8, precision: str = "float32"
+    model: nn.Module,
+    x: Tensor,
+    batch_size: int = 8,
+    precision: str = "float32",
+    head: str | None = None,
 ) -> Tensor:
-    """softmax(model(x)) in batches and in eval mode: (B, K) float32. precision: "float32" or "bf16"
-    (autocast).
+    """The probabilities of all classes, in batches and in eval mode: (B, classes) float32.
+
+    softmax of the logits, or what the network's head makes of its output (`heads.HEADS`; head as
+    in `capture`). precision: "float32" or "bf16" (autocast). ValueError where the output has none.
     """
+    head = head or _known_head(model, x)
+    make = heads.HEADS[head].probabilities
+    if make is None:
+        raise ValueError(
+            f"head={head!r}: this network's output holds values and no probabilities, so what is "
+            "measured in probabilities (insertion, deletion, drop, RISE) does not exist for it. "
+            "Maps of a value do: `cc.explain`, or ./run_all.sh explain. To measure them, give "
+            "`perturbation_curves` a target function of the output."
+        )
+    return _in_batches(
+        model,
+        x,
+        batch_size,
+        precision,
+        lambda output, part: make(heads.logits_of(output, len(part)).float()),
+    )
+
+
+@torch.inference_mode()
+def _in_batches(
+    model: nn.Module, x: Tensor, batch_size: int, precision: str, read: Callable
+) -> Tensor:
+    """read(output, x) of every batch, joined: (B, ...) float32."""
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision={precision!r} must be 'float32' or 'bf16'.")
     device = next(model.parameters(), x).device
+    if len(x) > 1 and batch_size > 1 and not _independent(model, x.to(device)):
+        batch_size = 1
     rows = []
     with (
         _eval_mode(model),
@@ -1352,8 +2093,41 @@ def probabilities(
     ):
         for part in x.split(batch_size):
             part = part.to(device).contiguous(memory_format=torch.channels_last)
-            rows.append(_logits(_forward(model, part), part).float().softmax(1))
+            rows.append(read(_forward(model, part), part).float())
     return torch.cat(rows)
+
+
+# What `found_head` found in a model that does not say it, kept as long as the model.
+_FOUND_HEADS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _known_head(model: nn.Module, x: Tensor) -> str:
+    """The model's `output_head`, else what one pass with one image shows."""
+    said = getattr(model, "output_head", None)
+    if isinstance(said, str):
+        heads.check_head(said, 0)
+        return said
+    if model not in _FOUND_HEADS:
+        device = next(model.parameters(), x).device
+        image = x[:1].detach().to(device).clone()
+        with _borrowed(model, {}):
+            try:  # with gradients, so that autograd's graph shows the last operation
+                output = _forward(model, image.clone().requires_grad_().clone())
+            except Exception:  # a network that cannot be differentiated is scored all the same
+                output = _forward(model, image)
+        _FOUND_HEADS[model] = _head_of(model, heads.logits_of(output, 1), None)
+    return _FOUND_HEADS[model]
+
+
+def _values(
+    model: nn.Module, x: Tensor, target: Tensor | Callable, batch_size: int, precision: str
+) -> Tensor:
+    """What is measured of each image: its target's probability, or a target function's value."""
+    if callable(target):
+        return _in_batches(
+            model, x, batch_size, precision, lambda output, part: _called(target, output, part)
+        )
+    return probabilities(model, x, batch_size, precision).gather(1, target[:, None])[:, 0]
 
 
 def _check_probabilities(p: Tensor) -> None:
@@ -1376,7 +2150,7 @@ def measurable(
     batch_size: int = 8,
     precision: str = "float32",
     strict: bool = False,
-    size: int = 224,
+    size: networks.Size = 224,
 ):
     """The images on which explanations are judged: (rows, left out).
 
@@ -1396,7 +2170,9 @@ def measurable(
     left_out = []
     count = 0
     for begin in range(0, len(frame), batch_size):
-        part, unreadable = datasets.split_readable(frame.iloc[begin : begin + batch_size], strict)
+        part, unreadable = datasets.split_readable(
+            frame.iloc[begin : begin + batch_size], strict, size
+        )
         left_out += unreadable
         if part.empty:
             continue
@@ -1420,7 +2196,7 @@ def measurable(
     return rows.reset_index(drop=True), pd.DataFrame(left_out, columns=["id", "file", "reason"])
 
 
-def _with_prediction(model: nn.Module, part, batch_size: int, precision: str, size: int):
+def _with_prediction(model: nn.Module, part, batch_size: int, precision: str, size: networks.Size):
     """The rows with target, the class predicted, and p_image, its probability."""
     x = datasets.load_batch(part, size=size)
     p, target = probabilities(model, x, batch_size, precision).max(1)
@@ -1428,7 +2204,7 @@ def _with_prediction(model: nn.Module, part, batch_size: int, precision: str, si
     return part.assign(target=target.cpu().numpy(), p_image=p.cpu().numpy())
 
 
-def _uses_its_lesion(model: nn.Module, part, batch_size: int, precision: str, size: int):
+def _uses_its_lesion(model: nn.Module, part, batch_size: int, precision: str, size: networks.Size):
     """(the rows with p_twin, the target's probability without the lesion; whether it is lower by
     more than 0.5)
     """
@@ -1491,16 +2267,17 @@ def perturbation_curves(
     start: Tensor,
     end: Tensor,
     ranks: Tensor,
-    target: Tensor,
+    target: Tensor | Callable,
     steps: int = 28,
     batch_size: int = 8,
     precision: str = "float32",
 ) -> Tensor:
-    """Target probability while pixels of `start` are replaced by those of `end`, lowest rank first:
-    (N, M, steps + 1).
+    """The target's probability while pixels of `start` are replaced by those of `end`, lowest rank
+    first: (N, M, steps + 1).
 
     start, end: (N, C, H, W); ranks: (N, M, H, W), M orders for each image as `pixel_rank` or
-    `block_rank` give them, G different places; target: (N,). Point s of a curve has the first
+    `block_rank` give them, G different places; target: (N,), or a target function as in
+    `capture`, whose value takes the place of the probability. Point s of a curve has the first
     floor(s*G/steps) places replaced, all channels together, so the first point is `start`, the last
     is `end`, groups differ by at most one place and none is dropped. Deletion: start = image, end =
     baseline. Insertion: start = baseline, end = image (Petsiuk et al., BMVC 2018, Algorithm 1).
@@ -1517,11 +2294,14 @@ def perturbation_curves(
             f"steps={steps} must lie between 1 and the number of places in the order, {places}."
         )
     device = next(model.parameters(), start).device
-    start, end, ranks, target = (t.to(device) for t in (start, end, ranks, target))
+    start, end, ranks = (t.to(device) for t in (start, end, ranks))
+    # with a function nobody asks for a class: any one will do
+    classes = torch.zeros(n, dtype=torch.long) if callable(target) else target
+    classes = classes.to(device)
     cuts = torch.arange(steps + 1, device=device) * places // steps
     # the point from which on a pixel is replaced
     replaced_at = torch.bucketize(ranks, cuts.int(), right=True, out_int32=True)
-    pictures = _picture_numbers(start, end, replaced_at, target, steps)
+    pictures = _picture_numbers(start, end, replaced_at, classes, steps)
     _, jobs, inverse = np.unique(
         pictures.reshape(-1, 3), axis=0, return_index=True, return_inverse=True
     )
@@ -1531,8 +2311,8 @@ def perturbation_curves(
     for image, order, point in (part.unbind() for part in jobs.split(batch_size, dim=1)):
         replaced = replaced_at[image, order] <= point.view(-1, 1, 1)
         mixed = torch.where(replaced[:, None], end[image], start[image])
-        p = probabilities(model, mixed, batch_size, precision)
-        values.append(p.gather(1, target[image][:, None])[:, 0])
+        asked = target if callable(target) else classes[image]
+        values.append(_values(model, mixed, asked, batch_size, precision))
     found = torch.cat(values).cpu()
     _check_probabilities(found)
     return found[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
@@ -1615,18 +2395,31 @@ def blur(x: Tensor) -> Tensor:
     return F.conv2d(x, kernel.expand(x.shape[1], 1, 11, 11), padding=5, groups=x.shape[1])
 
 
-def baselines(x: Tensor, name: str, twin: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(where insertion starts, where deletion ends) for preprocessed images x: (B, 3, H, W) each.
+def baselines(
+    x: Tensor,
+    name: str,
+    twin: Tensor | None = None,
+    how: networks.Preprocessing = networks.IMAGENET,
+) -> tuple[Tensor, Tensor]:
+    """(where insertion starts, where deletion ends) for preprocessed images x: (B, C, H, W) each.
 
     "rise": the blurred image, mean grey (zero after normalisation). "zero": mean grey, mean grey.
-    "black": black, black. "twin": the same image without its lesion, both.
+    "black": black, black. "twin": the same image without its lesion, both. how: the preprocessing
+    of x, which tells what black is.
     """
     if name == "rise":
         return blur(x), torch.zeros_like(x)
     if name == "zero":
         return torch.zeros_like(x), torch.zeros_like(x)
     if name == "black":
-        black = (-torch.tensor(MEAN) / torch.tensor(STD)).to(x).view(1, 3, 1, 1).expand_as(x)
+        if len(how.mean) != x.shape[1]:
+            raise ValueError(
+                f"baseline='black': x has {x.shape[1]} channels and the preprocessing "
+                f"{len(how.mean)}. Give how=, a `networks.Preprocessing` with the mean and std of "
+                "x's channels."
+            )
+        black = (-torch.tensor(how.mean) / torch.tensor(how.std)).to(x)
+        black = black.view(1, -1, 1, 1).expand_as(x)
         return black, black
     if name == "twin" and twin is not None:
         return twin, twin
@@ -1639,7 +2432,7 @@ def faithfulness(
     model: nn.Module,
     x: Tensor,
     maps: Mapping[str, Tensor],
-    target: Tensor,
+    target: Tensor | Callable,
     ids: Sequence[str],
     start: Tensor,
     end: Tensor,
@@ -1653,8 +2446,8 @@ def faithfulness(
     "deletion": {...}}.
 
     maps: name -> (B, H, W). start is where insertion starts and end where deletion ends, as
-    `baselines` returns them. The score is the softmax probability of target: (B,). block: pixel by
-    pixel (0), or in blocks of block x block.
+    `baselines` returns them. What is measured is the probability of target, (B,), or the value of a
+    target function. block: pixel by pixel (0), or in blocks of block x block.
     """
     if block:
         ranks = [block_rank(m, ids, seed, block) for m in maps.values()]
@@ -1666,7 +2459,7 @@ def faithfulness(
         torch.cat([start, x]),
         torch.cat([x, end]),
         torch.stack(ranks, 1).repeat(2, 1, 1, 1),
-        target.repeat(2),
+        target if callable(target) else target.repeat(2),
         steps,
         batch_size,
         precision,
@@ -1954,21 +2747,20 @@ def _best_overlap(box: np.ndarray, boxes: np.ndarray) -> float:
 
 
 def rows_to_compare(run: runs.Run) -> pd.DataFrame:
-    """The images on which notebook 03 compares maps: n_images `measurable` ones of the validation
-    split, or of the whole set where there is no such split.
+    """The images on which notebook 03 compares maps: n_images `measurable` ones of
+    `datasets.to_look_at`.
 
     Prints what was left out. Raises ValueError when no image is left.
     """
     s = run.settings
-    validation = run.frame[run.frame["split"] == "val"]
     rows, left_out = measurable(
         run.model,
-        run.frame if validation.empty else validation,
+        datasets.to_look_at(run.frame),
         n=s.n_images,
         seed=s.seed,
         batch_size=s.batch_size,
         strict=s.strict,
-        size=run.size,
+        size=run.how,
     )
     run.report_left_out(left_out)
     if rows.empty:
@@ -2244,13 +3036,13 @@ def rows_to_choose_on(run: runs.Run) -> tuple[pd.DataFrame, bool]:
     chosen_here = not validation.empty
     rows, left_out = measurable(
         run.model,
-        validation if chosen_here else run.frame,
+        validation if chosen_here else datasets.to_look_at(run.frame),
         n=(s.n_images + 1) // 2,
         seed=s.seed,
         batch_size=s.batch_size,
         precision=s.precision,
         strict=s.strict,
-        size=run.size,
+        size=run.how,
     )
     run.report_left_out(left_out)
     if rows.empty:
@@ -2270,10 +3062,10 @@ def deciding_baseline(baseline: str, rows: pd.DataFrame) -> str:
 
 
 def factors(
-    model: nn.Module, rows: pd.DataFrame, pairs: Sequence[str], size: int
+    model: nn.Module, rows: pd.DataFrame, pairs: Sequence[str], size: networks.Size
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Both factors of each pair of layers, from one capture: {pair: (Grad-CAM, LayerCAM)}, (B,
-    size, size) in [0, 1].
+    H, W) in [0, 1].
 
     rows: as `measurable` returns them, with the class to explain as target.
     """
@@ -2286,7 +3078,7 @@ def factors(
 
     @functools.cache  # pairs share their factors
     def enlarged(cam: Callable, names: str) -> Tensor:
-        return cam_at(captured, cam, names, (size, size))
+        return cam_at(captured, cam, names, tuple(x.shape[2:]))
 
     found = {}
     for pair in pairs:
@@ -2299,7 +3091,7 @@ def measure_cells(
     model: nn.Module,
     rows: pd.DataFrame,
     cells: Sequence[Cell],
-    size: int,
+    size: networks.Size,
     baseline: str,
     steps: int = 28,
     seed: int = 0,
@@ -2318,7 +3110,7 @@ def measure_cells(
     maps = {_map_key(cell): hybrid(*both[cell.pair], cell.alpha, rule=cell.rule) for cell in cells}
     x = datasets.load_batch(rows, size=size).to(device)
     twin = datasets.load_batch(rows, "twin", size).to(device) if baseline == "twin" else None
-    start, end = baselines(x, baseline, twin)
+    start, end = baselines(x, baseline, twin, networks.as_preprocessing(size))
     target = torch.tensor(rows["target"].tolist(), device=device)
     ids = list(rows["id"])
     curves = faithfulness(
@@ -2363,7 +3155,6 @@ def sweep(
     beside = beside or {}
     cells = [*cells, *beside]
     how = {
-        "size": run.size,
         "baseline": deciding_baseline(s.baseline, rows),
         "steps": s.steps,
         "seed": s.seed,
@@ -2376,6 +3167,8 @@ def sweep(
         "code": runs.code_hash(*CAMS.values(), *FUSIONS.values()),
         "arch": run.info["arch"],
         "weights": run.info["sha256"] or run.info["weights"],
+        "input": dataclasses.asdict(run.how),
+        "head": run.info["head"],
         "cells": cells,
         **how,
         **runs.numerics(run.device),
@@ -2386,7 +3179,7 @@ def sweep(
         part = rows[begin : begin + 2]
         files = [sha256(file) for file in [*part["file"], *part["twin"]] if file]
         images = {"ids": list(part["id"]), "target": part["target"].tolist(), "files": files}
-        measure = functools.partial(measure_cells, run.model, part, cells, **how)
+        measure = functools.partial(measure_cells, run.model, part, cells, run.how, **how)
         records += runs.cached(run.data / "cache", {**key, **images}, measure)
     table = pd.DataFrame(records)
     kinds = {cell: "end" if cell.alpha in (0, 1) else "fusion" for cell in cells} | beside
@@ -2576,7 +3369,7 @@ FILES = ("file", "twin", "mask", "hull", "moved", "marker")  # columns of a tabl
 class Study:
     """What is measured, and how: together with the images all that a value depends on.
 
-    model, arch, weights (a hash, or a name) and size (pixels of its input): the network. layers:
+    model, arch, weights (a hash, or a name), how (its preprocessing) and head: the network. layers:
     {"deep", "coarse", "shallow", "finer"}, see `method_maps`. alpha, rule: the fusion. methods: the
     maps that are measured. baselines: what replaces pixels; the first is measured on all images,
     the others on n_extra of them. thresholds: {method: that of IoU and box accuracy}. n_extra: on
@@ -2589,7 +3382,7 @@ class Study:
     model: nn.Module
     arch: str
     weights: str
-    size: int
+    how: networks.Preprocessing
     layers: Mapping[str, str]
     alpha: float
     rule: str
@@ -2603,6 +3396,7 @@ class Study:
     seed: int = 0
     batch_size: int = 8
     precision: str = "float32"
+    head: str = "softmax"
 
     @property
     def device(self) -> torch.device:
@@ -2627,7 +3421,7 @@ def open_study(run) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
     """
     settings = run.settings
     fusion = chosen_fusion(run)
-    rows, left_out = _measurable_rows(run, run.model, "test", settings.n_images, run.size)
+    rows, left_out = _measurable_rows(run, run.model, "test", settings.n_images, run.how)
     if rows.empty:
         why = "; ".join(
             f"{n} times: {reason}" for reason, n in left_out["reason"].value_counts().items()
@@ -2647,7 +3441,7 @@ def open_study(run) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
         model=run.model,
         arch=run.info["arch"],
         weights=run.info["sha256"] or run.info["weights"],
-        size=run.size,
+        how=run.how,
         layers=layers,
         alpha=fusion["alpha"],
         rule=fusion["rule"],
@@ -2661,10 +3455,11 @@ def open_study(run) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
         seed=settings.seed,
         batch_size=settings.batch_size,
         precision=settings.precision,
+        head=run.info["head"],
     )
     if (rows["truth"] != "").any():
         few = min((settings.n_images + 1) // 2 or 64, 64)
-        validation, _ = _measurable_rows(run, run.model, "val", few, run.size)
+        validation, _ = _measurable_rows(run, run.model, "val", few, run.how)
         if len(validation):
             study = replace(study, thresholds=choose_thresholds(study, validation))
     return study, rows, left_out
@@ -2714,7 +3509,8 @@ def chosen_fusion(run) -> dict:
     chosen["dataset_sha256"] = here["dataset_sha256"]
     chosen["alpha"] = round(float(chosen["alpha"]), 6)
     chosen["given"] = list(given)
-    chosen["reason"] = ", ".join([*(f"{n} given as a setting" for n in given), chosen["reason"]])
+    new = [name for name, value in given.items() if differing or fusion.get(name) != value]
+    chosen["reason"] = ", ".join([*(f"{n} given as a setting" for n in new), chosen["reason"]])
     return chosen
 
 
@@ -2733,7 +3529,8 @@ def second_study(run, study: Study) -> tuple[Study, pd.DataFrame]:
     stages before its last, and half as many images. Nothing is chosen on it.
     """
     model, info = run.other(run.settings.also)
-    blank = torch.zeros(1, 3, info["size"], info["size"], device=run.device)
+    how = info["preprocessing"]
+    blank = torch.zeros(1, len(how.mean), *how.size, device=run.device)
     here = list(stages(study.model, run.blank))
     there = list(stages(model, blank))
     second = replace(
@@ -2741,21 +3538,22 @@ def second_study(run, study: Study) -> tuple[Study, pd.DataFrame]:
         model=model,
         arch=info["arch"],
         weights=info["sha256"] or info["weights"],
-        size=info["size"],
+        how=how,
+        head=info["head"],
         layers={place: matching_layers(name, here, there) for place, name in study.layers.items()},
         n_extra=0,
     )
-    rows, _ = _measurable_rows(run, model, "test", (run.settings.n_images + 1) // 2, info["size"])
+    rows, _ = _measurable_rows(run, model, "test", (run.settings.n_images + 1) // 2, how)
     return second, rows
 
 
-def _measurable_rows(run, model: nn.Module, split: str, n: int, size: int) -> tuple:
+def _measurable_rows(run, model: nn.Module, split: str, n: int, how) -> tuple:
     """`measurable` on the split "val" (those with masks or boxes) or "test" of a run's images."""
     s = run.settings
     frame = datasets.split_rows(run.frame, split)
     if split == "val":
         frame = frame[frame["truth"] != ""]
-    return measurable(model, frame, n, s.seed, s.batch_size, s.precision, s.strict, size)
+    return measurable(model, frame, n, s.seed, s.batch_size, s.precision, s.strict, how)
 
 
 def _baselines_of(setting: str, rows) -> tuple[str, ...]:
@@ -2771,7 +3569,7 @@ def choose_thresholds(study: Study, rows) -> dict[str, float]:
         _, _, found = explain_rows(study, rows, begin, min(GROUP, len(rows) - begin))
         for name, m in found.items():
             maps[name].append(m.cpu())
-    masks = datasets.load_masks(rows, size=study.size)
+    masks = datasets.load_masks(rows, size=study.how)
     return {name: best_threshold(torch.cat(parts), masks) for name, parts in maps.items()}
 
 
@@ -2791,11 +3589,11 @@ def explain_rows(
     part = rows.iloc[begin : begin + count]
     following = rows.iloc[[(begin + count) % len(rows)]]
     shallow = study.layers["shallow"]
-    size = (study.size, study.size)
+    size = study.how.size
 
-    x = datasets.load_batch(part, size=study.size).to(study.device)
+    x = datasets.load_batch(part, size=study.how).to(study.device)
     captured = capture(study.model, x, study.captured_layers, part["target"].tolist())
-    next_x = datasets.load_batch(following, size=study.size).to(study.device)
+    next_x = datasets.load_batch(following, size=study.how).to(study.device)
     next_captured = capture(study.model, next_x, shallow.split("+"), following["target"].tolist())
     own = cam_at(captured, layer_cam, shallow, size)
     donor = torch.cat([own[1:], cam_at(next_captured, layer_cam, shallow, size)])
@@ -2875,10 +3673,10 @@ def localise(study: Study, part, maps: Mapping[str, Tensor]) -> list[dict]:
     if not len(known):
         return []
     part = part.iloc[known]
-    masks = datasets.load_masks(part, size=study.size)
-    hulls = datasets.load_masks(part, "hull", study.size) if "hull" in part else masks
+    masks = datasets.load_masks(part, size=study.how)
+    hulls = datasets.load_masks(part, "hull", study.how) if "hull" in part else masks
     boxed = np.flatnonzero(~part["boxes"].isin(["", "[]"]))
-    boxes = datasets.load_boxes(part.iloc[boxed], study.size)
+    boxes = datasets.load_boxes(part.iloc[boxed], study.how)
     records = []
     for name, m in maps.items():
         m = m[known].cpu()
@@ -2920,8 +3718,8 @@ def perturb(
         steps = min(steps, math.ceil(x.shape[2] / block) * math.ceil(x.shape[3] / block))
     twins = None
     if baseline == "twin":
-        twins = datasets.load_batch(part, "twin", study.size).to(study.device)
-    start, end = baselines(x, baseline, twins)
+        twins = datasets.load_batch(part, "twin", study.how).to(study.device)
+    start, end = baselines(x, baseline, twins, study.how)
     settings = (study.seed, steps, study.batch_size, study.precision, block)
     curves = faithfulness(study.model, x, maps, target, list(part["id"]), start, end, *settings)
     records = []
@@ -2948,14 +3746,16 @@ def _records(part, method: str, found: Mapping[str, Sequence], baseline: str = "
 # ---- measuring a study
 
 
-def pictures_of(rows, size: int) -> tuple[list[np.ndarray], list[Tensor | None]]:
-    """(pictures, masks) of a table's rows, to be shown: arrays (size, size, 3), and for each the
+def pictures_of(rows, size: networks.Size) -> tuple[list[np.ndarray], list[Tensor | None]]:
+    """(pictures, masks) of a table's rows, to be shown: arrays (H, W, 3), and for each the
     object's mask, or None where its place is not known.
     """
+    how = networks.as_preprocessing(size)
     pictures = []
     masks = []
     for k, row in enumerate(rows.to_dict("records")):
-        pictures.append(np.asarray(datasets.read_image(row["file"]).resize((size, size))))
+        picture = networks.as_input(datasets.read_image(row["file"]), how)
+        pictures.append(np.asarray(picture))
         known = row["truth"] != ""
         masks.append(datasets.load_masks(rows.iloc[[k]], size=size)[0] if known else None)
     return pictures, masks
@@ -2970,10 +3770,10 @@ def slider_factors(study: Study, rows, class_names: Sequence[str]) -> dict[str, 
     of 0.2 is a quarter. Where the object's place is not known its mask is empty.
     """
     _, target, maps = explain_rows(study, rows)
-    _, masks = pictures_of(rows, study.size)
+    _, masks = pictures_of(rows, study.how)
     factors = ("grad_cam_coarse", "layer_cam_shallow", "grad_cam", "layer_cam")
     stacked = torch.stack([maps[name] for name in factors], 1).cpu()
-    empty = np.zeros((study.size, study.size), bool)
+    empty = np.zeros(study.how.size, bool)
     deep = study.layers["deep"]
     return {
         "ids": np.array(list(rows["id"])),
@@ -3012,6 +3812,7 @@ def _key(study: Study, rows, names: Sequence[str]) -> dict:
     names, the images' bytes, code, threads and versions.
     """
     key = {name: getattr(study, name) for name in names}
+    key["how"] = dataclasses.asdict(study.how)
     key |= runs.numerics(study.device)
     key["code"] = runs.code_hash(*CAMS.values(), *FUSIONS.values())
     key["files"] = []
@@ -3057,7 +3858,7 @@ def costs(study: Study, rows, rounds: int = 5) -> pd.DataFrame:
     Medians of interleaved rounds, so that a slow moment of the machine falls on all methods; the
     ratio is taken within a round. A first round warms up and does not count.
     """
-    x = datasets.load_batch(rows, size=study.size).to(study.device)
+    x = datasets.load_batch(rows, size=study.how).to(study.device)
     one_pass = [
         m for m in study.methods if m in CAMS or m in ("layer_cam_shallow", "hybrid_same", "hybrid")
     ]
@@ -3246,8 +4047,8 @@ def discrimination(study: Study, pairs) -> pd.DataFrame:
     records = []
     for begin in range(0, len(pairs), GROUP):
         part = pairs.iloc[begin : begin + GROUP]
-        lesion = datasets.load_masks(part, size=study.size)
-        other = datasets.load_masks(part, "mask_b", study.size)
+        lesion = datasets.load_masks(part, size=study.how)
+        other = datasets.load_masks(part, "mask_b", study.how)
         first = _share_on_the_right(
             study, pairs.assign(target=pairs["class"]), begin, lesion, other
         )
@@ -3278,7 +4079,7 @@ def randomisation(study: Study, rows, folder: str | Path) -> pd.DataFrame:
     """Similarity of maps with the original ones while the network is randomised from the classifier
     downward: records with stage (1, 2, ...) and layer. Kept in the cache in `folder`.
     """
-    decide = ("arch", "weights", "size", "layers", "alpha", "rule", "methods", "seed")
+    decide = ("arch", "weights", "how", "head", "layers", "alpha", "rule", "methods", "seed")
     key = _key(study, rows, decide) | {"what": "randomisation"}
     return pd.DataFrame(runs.cached(folder, key, functools.partial(_randomisation, study, rows)))
 
@@ -3355,7 +4156,7 @@ def _probability(study: Study, rows, column: str, k: int) -> np.ndarray:
     """The probability of class k for the images in a column of a table: (n,)."""
     found = []
     for begin in range(0, len(rows), study.batch_size):
-        x = datasets.load_batch(rows.iloc[begin : begin + study.batch_size], column, study.size)
+        x = datasets.load_batch(rows.iloc[begin : begin + study.batch_size], column, study.how)
         found.append(probabilities(study.model, x, study.batch_size)[:, k].cpu())
     return torch.cat(found).numpy()
 
@@ -3369,7 +4170,7 @@ def on_marker(study: Study, rows) -> pd.DataFrame:
     for begin in range(0, len(rows), GROUP):
         part = rows.iloc[begin : begin + GROUP]
         _, _, maps = explain_rows(study, rows, begin, len(part))
-        marker = datasets.load_masks(part, "marker", study.size)
+        marker = datasets.load_masks(part, "marker", study.how)
         area = marker.double().mean((1, 2)).numpy()
         for name, m in maps.items():
             energy = energy_in_mask(m.cpu(), marker)

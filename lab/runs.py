@@ -8,6 +8,7 @@ is the one line with which a notebook begins.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +26,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
-from lab import HOME, RUN_ID, datasets, figures, networks, settings, words
+from lab import HOME, RUN_ID, datasets, figures, heads, networks, settings, words
 
 # ---- a run
 
@@ -34,10 +37,10 @@ class Run:
     """What a notebook works with; `open` makes it.
 
     settings: every setting the notebook reads, by name, as given or by default
-    (params/default.yaml). out: the folder it writes into, with figures/, tables/ and images/. data:
-    the folder of generated data. device: a torch.device. frame (the data set's table), model
-    (frozen, in eval mode) and info (what is known of it, see `networks.load`) are read when they
-    are first asked for.
+    (params/default.yaml). out: the folder it writes into, with figures/, tables/, images/ and
+    maps/. data: the folder of generated data. device: a torch.device. frame (the data set's table),
+    model (frozen, in eval mode) and info (what is known of it, see `networks.load`) are read when
+    they are first asked for.
     """
 
     def __init__(self, notebook: int, values: Mapping):
@@ -51,15 +54,22 @@ class Run:
     @functools.cached_property
     def frame(self) -> pd.DataFrame:
         """The data set's table, with `known`, the index of each image's class among the network's
-        (-1: none).
+        (-1: none). What the folder holds and cannot be used is printed, and written to
+        tables/NN_notes.csv, which the runner repeats at the end of the run.
         """
-        frame = datasets.read(self.folder)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            frame = datasets.read(self.folder)
+        if notes:
+            texts = list(dict.fromkeys(str(note.message) for note in notes))
+            print(*texts, sep="\n")
+            self.save_table(pd.DataFrame({"reason": texts}), f"{self.notebook:02d}_notes")
         return frame.assign(known=datasets.class_indices(frame, self.info["class_names"]))
 
     @functools.cached_property
     def _network(self) -> tuple[torch.nn.Module, dict]:
         s = self.settings
-        return networks.load(s.arch, self.weights, self.device, words(s.classes))
+        return networks.load(s.arch, self.weights, self.device, words(s.classes), s.head, s.fit)
 
     @property
     def weights(self) -> str:
@@ -78,14 +88,29 @@ class Run:
         return self._network[1]
 
     @property
-    def size(self) -> int:
-        """The side of the network's input in pixels."""
-        return self.info["size"]
+    def how(self) -> networks.Preprocessing:
+        """How a picture becomes the network's input."""
+        return self.info["preprocessing"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the network's input in pixels."""
+        return self.how.size
 
     @property
     def blank(self) -> torch.Tensor:
-        """An empty picture (1, 3, size, size), for finding layers: any picture will do."""
-        return torch.zeros(1, 3, self.size, self.size, device=self.device)
+        """An empty picture (1, C, H, W), for finding layers: any picture will do."""
+        return torch.zeros(1, len(self.how.mean), *self.size, device=self.device)
+
+    def picture(self, file: str) -> Image.Image:
+        """An image file as the network sees it, in its own pixels: all of it, or with fit="crop"
+        its centre.
+        """
+        return networks.framed(datasets.read_image(file), self.how)
+
+    def about_network(self) -> str:
+        """One line on the network, how its input is made and what its output means."""
+        return about_network(self.info, self.device)
 
     def other(self, arch: str) -> tuple[torch.nn.Module, dict]:
         """A second network (`also`) with the weights that belong to the same data, and what is
@@ -95,9 +120,8 @@ class Run:
         if networks.arch_name(arch) == self.info["arch"]:
             raise ValueError(f"also={arch!r} is the first network already: name another, or none.")
         names = words(s.classes)
-        return networks.load(
-            arch, weights_of(arch, "auto", s.dataset, self.data, s.retrain, names), self.device
-        )
+        weights = weights_of(arch, "auto", s.dataset, self.data, s.retrain, names)
+        return networks.load(arch, weights, self.device, fit=s.fit)
 
     def in_batches(self, rows: pd.DataFrame) -> list[pd.DataFrame]:
         """The rows of a table, batch_size at a time."""
@@ -105,12 +129,20 @@ class Run:
         return [rows[i : i + n] for i in range(0, len(rows), n)]
 
     def load(self, rows: pd.DataFrame) -> torch.Tensor:
-        """The images of some rows as the network takes them: (B, 3, size, size), on its device."""
-        return datasets.load_batch(rows, size=self.size).to(self.device)
+        """The images of some rows as the network takes them: (B, C, H, W), on its device."""
+        return datasets.load_batch(rows, size=self.how).to(self.device)
 
     def save_figure(self, figure, name: str) -> None:
         """Write figures/NAME.png and .pdf, and show the figure below the cell."""
         figures.save(figure, self.out / "figures" / f"{name}.png")
+
+    def save_map(self, image: Image.Image, cam, name: str) -> None:
+        """Write one explanation: images/NAME_*.png, see `figures.save_pictures`, and the raw map of
+        the network's input, maps/NAME.npy, float32 (H, W).
+        """
+        figures.save_pictures(self.out / "images", name, image, cam, self.settings.colormap)
+        raw = torch.as_tensor(cam).cpu().float().numpy()
+        np.save(self.out / "maps" / f"{name}.npy", raw)
 
     def save_table(self, frame: pd.DataFrame, name: str, caption: str = "") -> None:
         """Write tables/NAME.csv and, with a caption, tables/NAME.tex; see `save_table`."""
@@ -124,6 +156,8 @@ class Run:
             "arch": self.info["arch"],
             "weights": self.info["weights"],
             "weights_sha256": self.info["sha256"],
+            "head": self.info["head"],
+            "preprocessing": dataclasses.asdict(self.how),
         }
         about = {**network, **chosen, **numerics(self.device), "device": str(self.device)}
         save_json(about, self.out / "resolved.json")
@@ -138,10 +172,22 @@ class Run:
         if len(broken):
             self.save_table(broken, f"{self.notebook:02d}_skipped")
             print(
-                f"{len(broken)} left out because a file cannot be read:",
+                f"{len(broken)} left out because a file cannot be read or shows nothing:",
                 *broken["reason"].head(5),
                 sep="\n  ",
             )
+
+
+def about_network(info: Mapping, device) -> str:
+    """What a run says of its network: weights, classes, input and head."""
+    how = info["preprocessing"]
+    height, width = how.size
+    return (
+        f"{info['arch']} ({info['weights']}) on {device}, {len(info['class_names'])} classes. "
+        f"Input: {height} x {width} pixels, {how.fit}, {how.interpolation}, mean "
+        f"{[round(v, 3) for v in how.mean]}, std {[round(v, 3) for v in how.std]} ({how.source}). "
+        f"Head: {info['head']}, {heads.HEADS[info['head']].about} ({info['head_source']})."
+    )
 
 
 UNUSED, MISTAKEN = "the network does not use its lesion", "the network sees another class in it"
@@ -159,17 +205,14 @@ def open(notebook: int, **given) -> Run:
     for name, value in given.items():
         values[name] = settings.check(name, value)
         if name not in settings.defaults(notebook):
-            readers = (
-                ", ".join(f"{k:02d}" for k in settings.declared()[name]["notebooks"])
-                or "the runner"
-            )
             raise ValueError(
-                f"{name} has no effect in notebook {notebook:02d}; it is read by {readers}."
+                f"{name} has no effect in notebook {notebook:02d}; it is read by "
+                f"{settings.read_by(name)}."
             )
     values["arch"] = _from_home(values["arch"])
     values["weights"] = _from_home(values["weights"])
     run = Run(notebook, values)
-    for name in ("figures", "tables", "images"):
+    for name in ("figures", "tables", "images", "maps"):
         (run.out / name).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(run.settings.seed)
     if run.settings.threads:
@@ -245,6 +288,16 @@ def save_json(content: Mapping, path: str | Path) -> None:
     )
 
 
+MEASURING = (
+    "pictures",
+    "heads",
+    "networks",
+    "folders",
+    "datasets",
+    "statistics",
+)  # rooms that decide values
+
+
 def code_hash(*registered: Callable) -> str:
     """SHA-256 of the code that decides what is measured: `cam_core`, the rooms of `lab` it stands
     on, and the file in which a CAM or a fusion rule of your own is defined (in a notebook, its
@@ -252,7 +305,7 @@ def code_hash(*registered: Callable) -> str:
     """
     files = [
         HOME / "cam_core.py",
-        *(HOME / "lab" / f"{room}.py" for room in ("networks", "datasets", "statistics")),
+        *(HOME / "lab" / f"{room}.py" for room in MEASURING),
     ]
     parts = [file.read_bytes() for file in files]
     for function in registered:

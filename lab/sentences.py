@@ -459,11 +459,9 @@ def read_tables(folder: str | Path) -> dict:
         raise FileNotFoundError(f"{folder / 'summary.csv'} is not there: notebook 05 writes it.")
     if (folder / "fusion.json").is_file():
         fusion = json.loads((folder / "fusion.json").read_text("utf-8"))
-        found["layers"] = {
-            "deep": fusion["layer"],
-            "coarse": fusion["coarse"],
-            "shallow": fusion["shallow_layer"],
-        }
+        places = {"deep": "layer", "coarse": "coarse", "shallow": "shallow_layer"}
+        if set(places.values()) <= set(fusion):
+            found["layers"] = {place: fusion[name] for place, name in places.items()}
     return found
 
 

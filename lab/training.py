@@ -37,34 +37,38 @@ v2 = torchvision.transforms.v2
 
 
 class Images(Dataset):
-    """Pairs of an input (3, size, size), as `networks.preprocess` makes it, and its target (K,).
+    """Pairs of an input (C, H, W), as `networks.preprocess` makes it, and its target (K,).
 
-    open_image(k) gives image k as a PIL picture in RGB. targets: (n, K). augment: transforms of a
-    uint8 image (3, size, size), drawn anew each time it is asked for.
+    open_image(k) gives image k as a PIL picture in RGB. targets: (n, K). size: as in
+    `networks.preprocess`. augment: transforms of a uint8 image (C, H, W), drawn anew each time it
+    is asked for.
     """
 
     def __init__(
         self,
         open_image: Callable[[int], Image.Image],
         targets: Tensor,
-        size: int = 224,
+        size: networks.Size = 224,
         augment: Sequence[nn.Module] = (),
     ):
         self.open_image = open_image
         self.targets = targets
+        self.how = how = networks.as_preprocessing(size)
         self.transform = v2.Compose(
             [
-                v2.Resize((size, size), v2.InterpolationMode.BICUBIC),
+                v2.Grayscale() if len(how.mean) == 1 else v2.RGB(),
+                v2.Lambda(lambda picture: networks.as_input(picture, how)),
                 v2.PILToTensor(),
                 *augment,
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(networks.MEAN, networks.STD),
+                v2.Normalize(how.mean, how.std),
             ]
         )
 
     def at(self, size: int, augment: Sequence[nn.Module] = ()) -> Images:
         """The same images at another size, or with an augmentation."""
-        return Images(self.open_image, self.targets, size, augment)
+        how = networks.resized(self.how, size)
+        return Images(self.open_image, self.targets, how, augment)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -73,7 +77,9 @@ class Images(Dataset):
         return self.transform(self.open_image(k)), self.targets[k]
 
 
-def from_table(rows: pd.DataFrame, classes: int, size: int = 224, column: str = "file") -> Images:
+def from_table(
+    rows: pd.DataFrame, classes: int, size: networks.Size = 224, column: str = "file"
+) -> Images:
     """The images in a column of a table; `class` gives their targets. They are read when a batch
     needs them, so a large folder needs no more memory than a small one.
     """
@@ -480,8 +486,9 @@ def on_folder(run) -> pd.DataFrame:
         print(f"{file} comes from the same training and is reused; delete it to train again.")
         return rows
     model, start, size = starting_point(arch, len(names), s.seed)
-    recipe = Recipe(((size, s.epochs),), 1e-3, 4 * s.batch_size, mirrored_and_shifted)
-    images = {split: from_table(part, len(names), size) for split, part in rows.groupby("split")}
+    how = networks.as_preprocessing(size)
+    recipe = Recipe(((how.size[0], s.epochs),), 1e-3, 4 * s.batch_size, mirrored_and_shifted)
+    images = {split: from_table(part, len(names), how) for split, part in rows.groupby("split")}
     history, *states = learn(
         model, recipe, images["train"], images["val"], s.seed, run.device, s.batch_size
     )
@@ -496,7 +503,10 @@ def on_folder(run) -> pd.DataFrame:
             state,
             arch=arch,
             class_names=names,
-            size=size,
+            size=how.size[0],
+            mean=list(how.mean),
+            std=list(how.std),
+            interpolation=how.interpolation,
             epoch=epoch,
             seed=s.seed,
             start=start,
@@ -592,8 +602,10 @@ def held_out(rows: pd.DataFrame, seed: int, share: float = 0.15) -> set[str]:
     return ids
 
 
-def starting_point(arch: str, count: int, seed: int) -> tuple[nn.Module, str, int]:
-    """(network with `count` outputs, the weights that it starts from, side of its input)."""
+def starting_point(arch: str, count: int, seed: int) -> tuple[nn.Module, str, networks.Size]:
+    """(network with `count` outputs, the weights that it starts from, how its input is made, see
+    `networks.preprocess`).
+    """
     torch.manual_seed(seed)
     try:
         model, info = networks.load(arch, "imagenet")
@@ -601,7 +613,7 @@ def starting_point(arch: str, count: int, seed: int) -> tuple[nn.Module, str, in
         print(f"{error}\n-> {arch} is trained from random weights.")
         model = torchvision.models.get_model(arch, weights=None, num_classes=count)
         return model, "random", 299 if arch == "inception_v3" else 224
-    return replaced_head(model, count), info["weights"], info["size"]
+    return replaced_head(model, count), info["weights"], info["preprocessing"]
 
 
 def replaced_head(model: nn.Module, count: int) -> nn.Module:

@@ -24,7 +24,6 @@ from lab import HOME, settings
 
 PAGE = HOME / "docs" / "parameters.md"
 WHERE_IT_RUNS = {"results_dir", "scheduler"}  # the runner's own: no part of what is computed
-NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,9 @@ def declared_in(path: Path) -> dict[str, object]:
     return found
 
 
-def number_of(stem: str) -> int:
-    """The number of a notebook: 5 of "05_evaluation"."""
-    return int(stem[:2])
+def number_of(stem: str) -> int | str:
+    """The number of a notebook: 5 of "05_evaluation"; "explain", which is none, is its own."""
+    return int(stem[:2]) if stem[:2].isdigit() else stem
 
 
 # ---- words into values
@@ -102,40 +101,16 @@ def _with_place(entry: Mapping, text: str) -> str:
     return located(text)
 
 
-def _as_text(value) -> str | None:
-    """A YAML scalar or list as the text of a setting, a list's items joined by commas; None where
-    it is neither.
-
-    `yes` and `no` without quotes are true and false in YAML, so a class of that name would be lost:
-    not taken.
-    """
-    items = value if isinstance(value, list) else [value]
-    if not all(type(item) in (str, int, float) for item in items):
-        return None
-    return ",".join(settings.as_word(item) for item in items)
-
-
 def value_of(name: str, given: Given):
     """What the user gave for a setting, of the type that params/default.yaml names; ends the run if
     not allowed.
     """
-    value = given.value
-    entry = settings.declared().get(name, {"type": ""})
-    word = value.strip().lower() if isinstance(value, str) else settings.as_word(value)
-    if entry["type"] == "true or false" and word in ("true", "false"):
-        value = word == "true"
-    elif entry["type"] == "whole number" and re.fullmatch(r"[+-]?\d+", word):
-        value = int(word)
-    elif entry["type"] == "number or text" and re.fullmatch(NUMBER, word):
-        value = float(word)
-    elif entry["type"] == "text" and _as_text(value) is not None:
-        value = _with_place(entry, _as_text(value))
-    elif entry["type"] == "text":
-        hint = "YAML takes yes and no for true and false: put them into quotes."
-        refuse(
-            f"{given.source}: {name} cannot be {value!r}. Allowed: {settings.allowed(name)}. {hint}"
-        )
     try:
+        value = given.value
+        if name in settings.declared():
+            value = settings.meant(name, value)
+            if isinstance(value, str):
+                value = _with_place(settings.declared()[name], value)
         return settings.check(name, value)
     except ValueError as error:
         refuse(f"{given.source}: {error}")
@@ -160,8 +135,10 @@ def read_given(file: str | None, pairs: Sequence[tuple[str, str]]) -> dict[str, 
 # ---- what each notebook gets
 
 
-def readers(name: str) -> list[int]:
-    """The numbers of the notebooks that a setting has an effect on. A cluster measures for 05."""
+def readers(name: str) -> list[int | str]:
+    """The numbers of the notebooks that a setting has an effect on, and "explain". A cluster
+    measures for 05.
+    """
     return [5] if name == "scheduler" else settings.declared()[name]["notebooks"]
 
 
@@ -242,13 +219,12 @@ def _row(name: str) -> str:
     """The line of a setting in its table."""
     entry = settings.declared()[name]
     default = settings.as_word(entry["default"])
-    where = ", ".join(f"{number:02d}" for number in entry["notebooks"])
     cells = [
         f"`{name}`",
         f"`{default}`" if default else "nothing",
         settings.allowed(name),
         entry["about"],
-        where or "the runner",
+        settings.read_by(name),
     ]
     return f"| {' | '.join(cells)} |\n"
 

@@ -11,6 +11,9 @@ results are compared (runner/check.py) with results/reference/NAME, NAME being t
 file of -f, or else "default". Exit codes: 0 done, 1 a notebook failed, a file could not be written
 or --check found a difference, 2 refused before the first notebook started, 130 or 143 stopped by a
 signal.
+
+./run_all.sh explain PHOTO... explains photographs, without the notebooks (runner/explain.py);
+./run_all.sh explain --help tells how.
 """
 
 from __future__ import annotations
@@ -476,22 +479,26 @@ def print_done(plan: Plan, seconds: float) -> None:
 
 
 def print_skipped(target: Path) -> None:
-    """Name the files that the notebooks could not read and skipped (tables/NN_skipped.csv)."""
-    reasons = {}
-    for path in sorted(target.glob("tables/[0-9][0-9]_skipped.csv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                reasons[row["reason"]] = True
-    if not reasons:
-        return
-    print(
-        f"{len(reasons)} file(s) could not be read and were skipped "
-        "(tables/*_skipped.csv; strict = true stops):"
-    )
-    for reason in list(reasons)[:5]:
-        print(f"  {reason}")
-    if len(reasons) > 5:
-        print("  ...", flush=True)
+    """Repeat what the notebooks noted of a folder (tables/NN_notes.csv), and the files that they
+    could not use (tables/NN_skipped.csv).
+    """
+    heads = {
+        "notes": "note(s) on the data set's folder (tables/*_notes.csv)",
+        "skipped": "file(s) could not be read and were skipped (tables/*_skipped.csv; strict = "
+        "true stops)",
+    }
+    for kind, head in heads.items():
+        reasons = {}
+        for path in sorted(target.glob(f"tables/[0-9][0-9]_{kind}.csv")):
+            with open(path, encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    reasons[row["reason"]] = True
+        if reasons:
+            print(f"{len(reasons)} {head}:")
+            for reason in list(reasons)[:5]:
+                print(f"  {reason}")
+        if len(reasons) > 5:
+            print("  ...", flush=True)
 
 
 # ---- the command line

@@ -804,7 +804,7 @@ def files_part(run: Run) -> dict:
             files.append(name)
     if run.manifest:  # written after the report
         files.append("manifest.json")
-    for name in ("tables", "figures", "images"):
+    for name in ("tables", "figures", "images", "maps"):
         if (run.folder / name).is_dir():
             files.append(f"{name}/")
     return dict(notebooks=notebooks, files=files)

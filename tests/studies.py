@@ -18,7 +18,7 @@ def study_of(model, **change):
     fields = {
         "arch": "tiny",
         "weights": "none",
-        "size": SIZE,
+        "how": cc.networks.as_preprocessing(SIZE),
         "layers": LAYERS,
         "alpha": 0.4,
         "rule": "product",

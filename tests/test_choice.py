@@ -217,9 +217,10 @@ def rows(tmp_path):
 def small_run(folder):
     """As much of a run as `sweep` needs, on a small network."""
     names = dict(baseline="twin,zero", steps=4, seed=0, batch_size=8, precision="float32")
-    info = {"arch": "tiny", "sha256": "1", "weights": "own"}
+    info = {"arch": "tiny", "sha256": "1", "weights": "own", "head": "softmax"}
     given = dict(settings=SimpleNamespace(**names), model=nets.strong(), info=info)
-    return SimpleNamespace(**given, size=16, data=folder, device=torch.device("cpu"))
+    how = cc.networks.as_preprocessing(16)
+    return SimpleNamespace(**given, how=how, data=folder, device=torch.device("cpu"))
 
 
 SMALL = [cc.Cell("6 × 2", rule, alpha) for rule in cc.FUSIONS for alpha in (0.0, 0.5, 1.0)]

@@ -2,7 +2,11 @@
 
 import io
 import json
+import sys
 import urllib.error
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lab import RUN_ID, datasets, networks, runs
+from lab import RUN_ID, datasets, networks, pictures, runs
 
 RED = (255, 0, 0)
 
@@ -172,6 +176,213 @@ def test_a_manifest_is_read_as_text_and_sorted(tmp_path):
     assert frame["mask"].tolist() == [str(tmp_path / "m.png"), ""] and frame["area"][0] == 0.1
 
 
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        ("Train/cat/a valid/cat/b Testing/dog/c", "train:cat val:cat test:dog"),
+        ("archive/TRAIN/cat/a archive/dev/dog/b", "train:cat val:dog"),
+        ("images/train/cat/a images/val2017/dog/b", "train:cat val:dog"),
+        ("training_set/cat/a Test-Images/dog/b", "train:cat test:dog"),
+        ("seg_train/seg_train/sea/a seg_test/seg_test/ice/b", "train:sea test:ice"),
+        ("cat_train/a cat_test/b dog_train/c dog_test/d", "train:cat test:cat train:dog test:dog"),
+        ("cat/train/a dog/test/b", "train:cat test:dog"),
+        ("train/a test/train/b test/car/c", "train: test:train test:car"),
+        ("train_1 test_2", "train: test:"),
+        ("Train/cat/a Train/dog/b", "train:cat train:dog"),
+        ("photos/cat/a photos/dog/b", "all:cat all:dog"),
+    ],
+)
+def test_splits_are_known_by_any_of_their_names_and_never_taken_as_labels(tmp_path, names, places):
+    expected = {}
+    for name, place in zip(names.split(), places.split(), strict=True):
+        save(tmp_path / f"{name}.png")
+        expected[name] = tuple(place.split(":"))
+    frame = datasets.read(tmp_path)
+    found = zip(frame["split"], frame["label"], strict=True)
+    assert dict(zip(frame["id"], found, strict=True)) == expected
+
+
+def test_what_may_be_a_split_or_lies_beside_one_is_said(tmp_path):
+    for name in ("train/a.png", "test/b.png", "more/c.png"):
+        save(tmp_path / "one" / name)
+    with pytest.warns(UserWarning, match="1 images lie beside .* not measured: more/c.png"):
+        assert datasets.read(tmp_path / "one")["split"].tolist() == ["all", "test", "train"]
+    for name in ("ISIC_Training_Input/a.png", "other/b.png"):
+        save(tmp_path / "two" / name)
+    with pytest.warns(UserWarning, match="ISIC_Training_Input is taken as the name of a class"):
+        datasets.read(tmp_path / "two")
+
+
+def test_training_images_are_never_measured(tmp_path):
+    for k in range(60):
+        save(tmp_path / f"train/{k}.png", noise(4, 4, seed=k))
+    with pytest.raises(ValueError, match="no test images, only train"):
+        datasets.split_rows(datasets.read(tmp_path), "test")
+    assert datasets.split_rows(datasets.read(tmp_path), "val").empty
+    for k in range(60):
+        save(tmp_path / f"valid/{k}.png", noise(4, 4, seed=100 + k))
+    frame = datasets.read(tmp_path)
+    halves = [set(datasets.split_rows(frame, split)["id"]) for split in ("val", "test")]
+    assert halves[0] | halves[1] == set(frame["id"][frame["split"] == "val"])
+    assert not halves[0] & halves[1] and min(map(len, halves)) > 15
+
+
+# ---- kinds of files
+
+
+@pytest.mark.parametrize("name", "a.ppm a.pgm a.gif a.avif a.jp2 a.WEBP a.tga a.jpe".split())
+def test_whatever_pillow_opens_is_read(tmp_path, name):
+    Image.new("RGB", (40, 30), (200, 200, 200)).convert("L").convert("RGB").save(tmp_path / name)
+    frame = datasets.read(tmp_path)
+    assert frame["id"].tolist() == ["a"]
+    assert np.abs(read(frame["file"][0]).astype(int) - 200).max() <= 3
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_said(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="film.gif has several frames; its first is taken"):
+        assert read(tmp_path / "film.gif")[0, 0].tolist() == list(RED)
+
+
+@pytest.mark.parametrize("name", ["b.HEIC", "b.dcm", "b.svg", "b.NEF", "b.eps"])
+def test_an_image_that_cannot_be_read_is_named_and_counted(tmp_path, name):
+    save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "notes.txt").write_text("no picture")
+    rows, left_out = datasets.readable(datasets.read(tmp_path))
+    assert rows["id"].tolist() == ["a"] and left_out["id"].tolist() == ["b"]
+    assert f"{name} cannot be read" in left_out["reason"][0]
+    assert "Convert it to PNG or JPEG" in left_out["reason"][0]
+    assert ("pillow-heif" in left_out["reason"][0]) == (name == "b.HEIC")
+
+
+def test_a_phones_photograph_is_read_where_its_package_is_installed(tmp_path, monkeypatch):
+    def register():
+        opener = Image.OPEN["PNG"]
+        Image.register_open("HEIF", *opener)
+
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    plugin = SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    with monkeypatch.context() as only_heif:
+        only_heif.setattr(pictures, "FORMATS", [])
+        save(tmp_path / "a.png").rename(tmp_path / "a.heic")
+        assert np.array_equal(read(tmp_path / "a.heic"), noise())
+
+
+def test_a_folder_without_images_says_what_it_has(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=r"holds no images. It has 2 of .mp4, 1 of .txt"):
+        datasets.read(tmp_path)
+    (tmp_path / "d.heic").write_text("")
+    with pytest.raises(ValueError, match="none of its 1 images can be read.*Convert it"):
+        datasets.readable(datasets.read(tmp_path))
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("x.png", "x_mask.png"),
+        ("cat/x.jpg", "cat/x-mask.jpg"),
+        ("x (1).png", "x (1)_Mask.tif"),
+        ("ISIC_01.jpg", "ISIC_01_segmentation.png"),
+        ("x.jpg", "x.gt.png"),
+        ("test/cat/x.jpg", "masks/test/cat/x.bmp"),
+        ("test/cat/x.jpg", "Masks/test/cat/x_mask.png"),
+        ("test/images/x.jpg", "test/masks/x.png"),
+        ("images/x.jpg", "labels/x.png"),
+        ("train/x.jpg", "train_masks/x_mask.gif"),
+        ("mask/x.jpg", "masks/mask/x.png"),
+        ("cat/x.jpg", "masks/x.png"),
+        ("jar/test/hole/x.png", "jar/ground_truth/hole/x_mask.png"),
+    ],
+)
+def test_a_mask_is_known_by_its_name_and_never_explained(tmp_path, image, mask):
+    for name in (image, mask, f"{Path(image).parent}/y.png"):
+        save(tmp_path / name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        frame = datasets.read(tmp_path).set_index("file")
+    assert len(frame) == 2
+    assert frame["mask"].to_dict() == {
+        str(tmp_path / image): str(tmp_path / mask),
+        str(tmp_path / image).replace(Path(image).name, "y.png"): "",
+    }
+    beside = "/" not in mask or mask.startswith("cat/")
+    assert beside == any("taken as masks of the images beside" in str(w.message) for w in said)
+
+
+def test_classes_that_are_called_mask_stay_classes(tmp_path):
+    for name in ("mask/1.png", "no_mask/1.png", "no_mask/with_mask.png"):
+        save(tmp_path / name)
+    frame = datasets.read(tmp_path)
+    assert frame["label"].tolist() == ["mask", "no_mask", "no_mask"] and set(frame["mask"]) == {""}
+
+
+def test_maps_of_labels_are_neither_masks_nor_pictures_to_explain(tmp_path):
+    for name in ("JPEGImages/a.jpg", "SegmentationClass/a.png"):
+        save(tmp_path / name)
+    with pytest.warns(UserWarning, match="1 maps of labels are not used: SegmentationClass/a.png"):
+        frame = datasets.read(tmp_path)
+    assert frame[["id", "label", "mask"]].values.tolist() == [["JPEGImages/a", "", ""]]
+
+
+def test_a_mask_without_an_image_and_two_of_one_image_are_named(tmp_path):
+    for name in ("a/x.png", "b/x.png", "c.png", "masks/x.png", "masks/b/c.png", "c_mask_1.png"):
+        save(tmp_path / name)
+    save(tmp_path / "masks/c.png")
+    (tmp_path / "masks/c.npy").write_bytes(b"")
+    with pytest.warns(UserWarning) as said:
+        frame = datasets.read(tmp_path)
+    assert len(frame) == 3 and set(frame["mask"]) == {""}
+    text = " ".join(str(warning.message) for warning in said)
+    assert "2 masks belong to no image, or to several" in text
+    assert "masks/b/c.png, masks/x.png" in text
+    assert "1 images have several masks, of which none is used: c.png" in text
+    assert "1 files among the masks are no images: masks/c.npy" in text
+
+
+# ---- manifests
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        ("id,file\n1,\xe4.png\n".encode("latin-1"), "is not in UTF-8"),
+        (b"id,name\n1,a.png\n", "needs a column file; it has id, name"),
+        (b"file\na.png\na.png\n", "line 3: has the id of another line"),
+        (b"id,file\n1,a.png\n1,b.png\n", "line 3: has the id of another line"),
+        (b"id,file\n1,a.png\n2,\n", "line 3: has no file"),
+        (b"id,file,class\n1,a.png,b\n", "line 2: has a class that is no whole number"),
+        (b"id,file\n1,a.png\n2,b.png,x,y\n", "cannot be read"),
+        (b"id,file\n1,a.png,x\n2,b.png,x\n", "cannot be read"),
+        (b"id,file\n", "holds no images"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused_by_name(tmp_path, content, said):
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        datasets.read(tmp_path)
+
+
+def test_a_manifest_from_a_spreadsheet_is_read(tmp_path):
+    text = "id; file; split; label; class\r\n07; a.png; Valid; 003; 3\r\n08; b.png; Test; x; \r\n"
+    (tmp_path / "manifest.csv").write_bytes(text.encode("utf-8-sig"))
+    frame = datasets.read(tmp_path)
+    assert frame[["id", "split", "label", "class"]].values.tolist() == [
+        ["07", "val", "003", 3],
+        ["08", "test", "x", -1],
+    ]
+
+
 def test_a_smaller_run_is_a_subset_of_a_larger_one():
     frame = pd.DataFrame({"id": [f"{k:02d}" for k in range(20)]})
     found = {n: datasets.subset(frame, n, seed=1)["id"].tolist() for n in (5, 12, 0, 99)}
@@ -199,6 +410,8 @@ def test_masks_are_read_and_empty_or_missing_ones_named(tmp_path):
     row = {"id": "i7", "mask": str(save(tmp_path / "m.png", mask))}
     assert np.array_equal(datasets.load_masks(pd.DataFrame([row]), size=16)[0], mask > 0)
     assert datasets.load_masks(pd.DataFrame([row]), size=32).sum() == 24
+    row["mask"] = str(save(tmp_path / "labels.png", mask // 255))  # 0 and 1
+    assert np.array_equal(datasets.load_masks(pd.DataFrame([row]), size=16)[0], mask > 0)
     row["mask"] = str(save(tmp_path / "black.png", 0 * mask))
     with pytest.raises(ValueError, match="mask of image i7 is empty .*black.png"):
         datasets.load_masks(pd.DataFrame([row]))

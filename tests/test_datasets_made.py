@@ -4,6 +4,9 @@ import hashlib
 import io
 import json
 import pickle
+import socket
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -17,19 +20,64 @@ CIFAR10 = torchvision.datasets.CIFAR10
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def test_the_photographs_have_boxes_and_their_authors_are_named(tmp_path, repo):
-    datasets.make_samples(tmp_path / "samples")
-    frame = datasets.read(tmp_path / "samples")
-    assert frame["id"].tolist() == ["chelsea", "coffee", "rocket"]
-    for file, boxes in zip(frame["file"], frame["boxes"], strict=True):
-        [[x0, y0, x1, y1]] = json.loads(boxes)
-        width, height = Image.open(file).size
-        assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+def no_network(*given):
+    raise OSError("the network was asked for")
+
+
+def test_photographs_come_from_packages_with_boxes_and_their_authors_named(
+    tmp_path, repo, monkeypatch
+):
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    for _ in range(2):
+        datasets.make_samples(tmp_path / "samples")
+    frame = datasets.read(tmp_path / "samples").set_index("id")
+    assert list(frame.index) == sorted(datasets.SAMPLES)
+    readme = (repo / "data/README.md").read_text("utf-8")
+    for name, row in frame.iterrows():
+        assert f"| `{name}.png` |" in readme
+        assert (row["class"] >= 0) == (row["boxes"] != "") == (row["truth"] == "boxes")
+        for x0, y0, x1, y1 in json.loads(row["boxes"] or "[]"):
+            width, height = Image.open(row["file"]).size
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
     names = networks.imagenet_classes()
-    assert [names[k] for k in frame["class"]] == ["tabby", "espresso", "missile"]
-    readme = (repo / "data" / "README.md").read_text("utf-8")
-    for author in ("Stefan van der Walt, CC0", "Rachel Michetti, CC0", "public domain"):
-        assert author in readme
+    known = {name: names[k] for name, k in frame["class"].items() if k >= 0}
+    expected = {"camera": "tripod", "chelsea": "tabby", "coffee": "espresso", "rocket": "missile"}
+    assert known == expected
+
+
+def test_the_photographs_of_foolbox_have_the_classes_of_their_names(tmp_path):
+    datasets.make_foolbox(tmp_path / "foolbox")
+    frame = datasets.read(tmp_path / "foolbox")
+    assert len(frame) == 20 and (frame["split"] == "all").all()
+    names = networks.imagenet_classes()
+    for row in frame.itertuples():
+        number = int(row.file.removesuffix(".jpg").rpartition("_")[2])
+        assert row.label == names[number] and frame["class"][row.Index] == number
+        assert datasets.read_image(row.file).size[0] >= 512
+    assert datasets.class_indices(frame, names) == frame["class"].tolist()
+    assert set(datasets.class_indices(frame, ["a", "jeep"])) == {-1, 1}
+
+
+def test_foolbox_is_not_imported_and_its_absence_is_told_with_the_way_out(tmp_path, monkeypatch):
+    datasets.make_foolbox(tmp_path / "foolbox")
+    assert "foolbox" not in sys.modules
+    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps foolbox==3.3.4"):
+        datasets.make_foolbox(tmp_path / "none")
+    assert not (tmp_path / "none/manifest.csv").exists()
+
+
+def test_what_is_installed_is_what_the_requirements_say(repo):
+    assert f"\n{datasets.FOOLBOX} " in (repo / "requirements.txt").read_text("utf-8")
+
+
+def test_no_photograph_of_others_is_committed(repo):
+    if not (repo / ".git").exists():
+        pytest.skip("not a clone")
+    files = ["data/samples/chelsea.png", "data/foolbox/a.jpg", "results/explain/a_original.png"]
+    done = subprocess.run(["git", "check-ignore", *files], cwd=repo, capture_output=True, text=True)
+    assert done.stdout.split() == files
 
 
 @pytest.fixture

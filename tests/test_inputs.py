@@ -4,9 +4,11 @@ the pictures that are written of an explanation.
 
 from __future__ import annotations
 
+import io
 import json
 
 import matplotlib
+import matplotlib.pyplot as plt
 import nets
 import numpy as np
 import oracle
@@ -96,6 +98,24 @@ def test_a_broken_mask_or_twin_counts_as_well(folder):
     assert rows["id"].tolist() == ["p4"] and len(left_out) == 4
     reasons = left_out.set_index("id").reason
     assert "masks" in reasons["p0"] and "twins" in reasons["p2"]
+
+
+def test_a_mask_that_shows_nothing_leaves_its_image_out(tmp_path):
+    """An empty mask, and one whose object lies outside the crop; the others are measured."""
+    for name in ("a", "b", "c"):
+        photo(tmp_path / f"{name}.png", (60, 20))
+    (tmp_path / "masks").mkdir()
+    for name, (x0, x1) in {"a": (25, 35), "b": (0, 10), "c": (0, 0)}.items():
+        pixels = np.zeros((20, 60), np.uint8)
+        pixels[:, x0:x1] = 255
+        Image.fromarray(pixels).save(tmp_path / "masks" / f"{name}.png")
+    frame = cc.datasets.read(tmp_path)
+    crop = cc.networks.Preprocessing(size=(12, 12), fit="crop", shorter=12)
+    for size, kept in ((12, ["a", "b"]), (crop, ["a"])):
+        rows, left_out = cc.measurable(nets.tiny(), frame, size=size)
+        assert sorted(rows["id"]) == kept
+        assert sorted(left_out["id"]) == sorted({"a", "b", "c"} - set(kept))
+        assert left_out["reason"].str.contains("is empty").all()
 
 
 def test_nothing_readable_and_nothing_there(tmp_path):
@@ -205,6 +225,100 @@ def test_a_wrong_table_of_boxes_is_refused_with_its_line(tmp_path, text, said):
         cc.datasets.read(tmp_path)
 
 
+SPELLINGS = {
+    "README's header": "file, x0, y0, x1, y1\na.png, 1, 2, 15, 10\n",
+    "capitals": "File,X0,Y0,X1,Y1\nA.PNG,1,2,15,10\n",
+    "byte order mark": "\ufefffile,x0,y0,x1,y1\na.png,1,2,15,10\n",
+    "semicolons": "file;x0;y0;x1;y1\na.png;1,0;2;15;10\n",
+    "tabs": "file\tx0\ty0\tx1\ty1\na.png\t1\t2\t15\t10\n",
+    "quotes": '"file","x0","y0","x1","y1"\n"a.png","1","2","15","10"\n',
+    "quotes and spaces": '"file", "x0", "y0", "x1", "y1"\n"a.png", "1", "2", "15", "10"\n',
+    "Windows": "file,x0,y0,x1,y1\r\n.\\a.png,1,2,15,10\r\n",
+    "blank lines": "\n\nfile,x0,y0,x1,y1\n\na.png,1,2,15,10\n\n",
+    "from here": "file,x0,y0,x1,y1\n./a.png,1,2,15,10\n",
+    "the folder too": "file,x0,y0,x1,y1\nset/a.png,1,2,15,10\n",
+    "a full path": "file,x0,y0,x1,y1\n{folder}/a.png,1,2,15,10\n",
+    "without ending": "file,x0,y0,x1,y1\na,1,2,15,10\n",
+    "a spreadsheet's first line": "sep=;\nfile;x0;y0;x1;y1\na.png;1;2;15;10\n",
+    "single quotes": "file,x0,y0,x1,y1\n'a.png',1,2,15,10\n",
+    "another order": "y1,x1,y0,x0,file\n10,15,2,1,a.png\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("text", SPELLINGS.values(), ids=SPELLINGS)
+def test_boxes_are_read_however_their_table_is_written(tmp_path, text, encoding):
+    folder = photo(tmp_path / "set" / "a.png").parent
+    photo(folder / "b.png")
+    (folder / "boxes.csv").write_bytes(text.replace("{folder}", str(folder)).encode(encoding))
+    frame = cc.datasets.read(folder)
+    assert [json.loads(boxes or "[]") for boxes in frame.boxes] == [[[1, 2, 15, 10]], []]
+    assert frame.truth.tolist() == ["boxes", ""]
+
+
+def test_a_table_of_boxes_beside_the_images_of_a_split_counts_too(tmp_path):
+    for name in ("train/a.png", "test/a.png"):
+        photo(tmp_path / name)
+        (tmp_path / name).with_name("boxes.csv").write_text(
+            f"file,x0,y0,x1,y1\na.png,0,0,{len(name)},9"
+        )
+    assert [json.loads(boxes)[0][2] for boxes in cc.datasets.read(tmp_path).boxes] == [10, 11]
+
+
+def test_boxes_of_images_in_folders_are_found_by_path_or_by_a_name_of_its_own(tmp_path):
+    for name in ("cat/a.png", "dog/a.png", "dog/b.png"):
+        photo(tmp_path / name)
+    lines = ["file,x0,y0,x1,y1", "cat\\a.png,1,1,2,2", "b.png,3,3,4,4", "a.png,5,5,6,6"]
+    (tmp_path / "Boxes.csv").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match="1 faults.*line 4: 'a.png,5,5,6,6' must name an image"):
+        frame = cc.datasets.read(tmp_path)
+    assert frame.boxes.tolist() == ["[[1.0, 1.0, 2.0, 2.0]]", "", "[[3.0, 3.0, 4.0, 4.0]]"]
+
+
+def test_a_wrong_line_is_named_and_the_others_count(tmp_path):
+    for name in "abc":
+        photo(tmp_path / f"{name}.png")
+    lines = ["file,x0,y0,x1,y1,note", "a.png,1,1,2,2,x", "", "b.png,3,3,4,4,x", "b.png,9,9,4,4,x"]
+    lines += ["gone.png,1,1,2,2,x", "c.png,1,1,2,2,x,y"]
+    (tmp_path / "boxes.csv").write_text("\n".join(lines))
+    with pytest.warns(UserWarning) as said:
+        frame = cc.datasets.read(tmp_path)
+    assert frame.truth.tolist() == ["boxes", "", ""]  # b with one of its two boxes would mislead
+    text = " ".join(str(warning.message) for warning in said)
+    assert "3 faults" in text and "these columns are not used: note" in text
+    assert all(f"line {number}: " in text for number in (5, 6, 7))
+
+
+def test_two_classes_of_one_image_and_columns_of_another_meaning_are_refused(tmp_path):
+    photo(tmp_path / "a.png")
+    for text, said in (
+        ("file,x0,y0,x1,y1,class\na.png,1,1,2,2,3\na.png,1,1,2,2,4", "line 3"),
+        ("file,x,y,w,h\na.png,1,1,2,2", "needs the columns .* it has file, x, y, w, h"),
+        ("file\na.png", "needs the columns"),
+        ("", "boxes.csv is empty"),
+    ):
+        (tmp_path / "boxes.csv").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            cc.datasets.read(tmp_path)
+    (tmp_path / "boxes.csv").write_bytes("file,x0\nä.png,1".encode("latin-1"))
+    with pytest.raises(ValueError, match="boxes.csv is not in UTF-8"):
+        cc.datasets.read(tmp_path)
+
+
+def test_a_wrong_sheet_and_one_of_no_image_are_named_and_the_others_count(tmp_path):
+    for name in ("cat/a.png", "dog/a.png", "dog/b.png", "dog/c.png"):
+        photo(tmp_path / name)
+    voc(tmp_path / "Annotations" / "b.xml", ("dog", 1, 1, 4, 4))
+    voc(tmp_path / "Annotations" / "a.xml", ("cat", 1, 1, 4, 4))  # of which a?
+    voc(tmp_path / "annotations" / "dog" / "c.xml", ("dog", 9, 9, 4, 4))
+    with pytest.warns(UserWarning) as said:
+        frame = cc.datasets.read(tmp_path)
+    assert frame.truth.tolist() == ["", "", "boxes", ""]
+    text = " ".join(str(warning.message) for warning in said)
+    assert "1 XML files belong to no image: Annotations/a.xml" in text
+    assert "c.xml is no PASCAL VOC file" in text
+
+
 def test_a_box_across_the_border_is_cut_and_one_beside_the_image_is_refused(tmp_path):
     photo(tmp_path / "a.png")
     photo(tmp_path / "b.png")
@@ -271,6 +385,115 @@ def test_the_opacity_of_an_overlay_follows_the_map(opacity):
     if opacity == 1:
         assert np.abs(drawn[-1, -1] - table_of("viridis")[-1]).max() < 1
     assert np.array_equal(cc.figures.overlay(image, 0 * cam, opacity), image)
+
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (20, 30, 4), np.uint8)
+RGB = PIXELS[..., :3]
+WHITE = 255 - (255 - RGB.astype(float)) * PIXELS[..., 3:] / 255  # RGBA, laid on white
+GREY = np.repeat(PIXELS[..., :1], 3, 2)
+CHW = torch.from_numpy(RGB.transpose(2, 0, 1).copy())
+HELD = {
+    "float": (RGB / 255, RGB),
+    "float32 tensor": (CHW / 255, RGB),
+    "tensor with a gradient": ((CHW / 255).requires_grad_(), RGB),
+    "bfloat16": ((CHW / 255).bfloat16(), RGB),
+    "tensor": (CHW, RGB),
+    "tensor of int64": (CHW.long(), RGB),
+    "channels last tensor": (torch.from_numpy(RGB), RGB),
+    "channels first array": (CHW.numpy(), RGB),
+    "batch of one": (CHW[None] / 255, RGB),
+    "array in a batch of one": (RGB[None], RGB),
+    "RGBA": (PIXELS, WHITE),
+    "16 bits": (RGB.astype(np.uint16) * 257, RGB),
+    "grey": (PIXELS[..., 0], GREY),
+    "grey, one channel": (PIXELS[..., :1], GREY),
+    "grey tensor": (CHW[:1], GREY),
+    "grey float": (PIXELS[..., 0] / 255, GREY),
+    "true and false": (PIXELS[..., 0] > 99, np.where(GREY > 99, 255, 0)),
+    "a list": (RGB.tolist(), RGB),
+    "strided": (RGB[::-1, ::-1], RGB[::-1, ::-1]),
+    "PIL": (Image.fromarray(RGB), RGB),
+    "PIL L": (Image.fromarray(PIXELS[..., 0]), GREY),
+    "PIL RGBA": (Image.fromarray(PIXELS), WHITE),
+    "PIL LA": (Image.fromarray(PIXELS[..., 0]).convert("LA"), GREY),
+    "PIL I;16": (Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257), GREY),
+    "PIL I": (Image.fromarray(PIXELS[..., 0].astype(np.int32) * 257), GREY),
+    "PIL F": (Image.fromarray((PIXELS[..., 0] / 255).astype(np.float32)), GREY),
+    "PIL 1": (Image.fromarray(PIXELS[..., 0] > 99), np.where(GREY > 99, 255, 0)),
+    "PIL RGBX": (Image.fromarray(RGB).convert("RGBX"), RGB),
+    "PIL RGBa": (Image.fromarray(PIXELS).convert("RGBa"), WHITE),
+}
+
+
+@pytest.mark.parametrize(("image", "seen"), HELD.values(), ids=HELD)
+def test_pictures_as_people_hold_them_are_all_the_same_picture(tmp_path, image, seen):
+    picture = np.asarray(cc.datasets.as_rgb(image))
+    assert picture.dtype == np.uint8 and np.abs(picture - np.asarray(seen, float)).max() <= 2
+    cam = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    same = Image.fromarray(picture)
+    for draw in (cc.figures.overlay, cc.figures.edge_overlay):
+        assert np.array_equal(draw(image, cam), draw(same, cam))
+    cc.figures.save_pictures(str(tmp_path), "p", image, cam)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "p_original.png")), picture)
+    fig, axes = plt.subplots(1, 2)
+    cc.figures.panel(axes[0], image, cam)
+    cc.figures.panel(axes[1], same, cam)
+    first, second = (np.asarray(ax.images[0].get_array()) for ax in axes)
+    plt.close(fig)
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["P", "PA", "CMYK", "YCbCr", "HSV", "La"])
+def test_a_pil_image_of_any_mode_is_a_picture(mode):
+    grey = Image.new("L", (8, 6), 102)  # of the palette
+    image = grey.convert("RGB").convert(mode) if mode != "La" else grey.convert("LA").convert("La")
+    assert np.abs(np.asarray(cc.datasets.as_rgb(image)).astype(int) - 102).max() <= 2
+
+
+def test_a_file_is_a_picture(tmp_path):
+    file = photo(tmp_path / "a.png")
+    cam = np.ones((2, 2), np.float32)
+    drawn = cc.figures.overlay(Image.open(file), cam)
+    assert np.array_equal(cc.figures.overlay(file, cam), drawn)
+    assert np.array_equal(cc.figures.overlay(str(file), cam), drawn)
+    assert np.array_equal(cc.figures.overlay(io.BytesIO(file.read_bytes()), cam), drawn)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (np.zeros((9, 9, 5), np.uint8), r"shape \(9, 9, 5\) has neither 1, 3 nor 4 channels"),
+        (torch.zeros(2, 9, 9), "neither 1, 3 nor 4 channels"),
+        (torch.zeros(2, 3, 9, 9), "One picture at a time"),
+        (np.zeros(9, np.uint8), "is no picture"),
+        (np.zeros((0, 9, 3), np.uint8), "is empty"),
+        (torch.randn(3, 9, 9) * 9, "normalised tensor take x \\* std"),
+        (np.full((9, 9), 200.0), "divide by 255"),
+        (np.full((9, 9), np.nan), "values from nan"),
+        (np.full((9, 9), -1), "Whole numbers must be from 0 to 255"),
+        (np.full((9, 9), 70_000), "65535"),
+        (np.full((9, 9), 1j), "no picture"),
+        (None, "no picture"),
+        ("gone.png", "there is no file gone.png"),
+        (Image.new("RGB", (0, 4)), "is empty"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_what_to_do(image, said):
+    for draw in (cc.figures.overlay, cc.figures.edge_overlay):
+        with pytest.raises(ValueError, match=said):
+            draw(image, np.ones((2, 2), np.float32))
+
+
+def test_a_map_may_have_axes_of_length_one_and_must_be_finite_and_in_0_to_1():
+    image, cam = Image.new("RGB", (8, 6)), np.linspace(0, 1, 12).reshape(3, 4)
+    drawn = cc.figures.overlay(image, cam)
+    for same in (torch.tensor(cam)[None], cam[None, None], cam[..., None], torch.tensor(cam)):
+        assert np.array_equal(cc.figures.overlay(image, same), drawn)
+        assert cc.figures.edge_overlay(image, same).shape == (6, 8, 3)
+    for wrong in (cam * 2, cam - 0.5, cam * np.nan, np.stack([cam] * 2), cam[:0], "map", None):
+        for draw in (cc.figures.overlay, cc.figures.edge_overlay):
+            with pytest.raises(ValueError, match="cam must be"):
+                draw(image, wrong)
 
 
 def test_five_pictures_at_the_photographs_own_size(tmp_path):

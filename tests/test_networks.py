@@ -32,7 +32,7 @@ KINDS = {  # side of the input, shallow layer, all stages; the deep layer is the
     "small_densenet": (
         64,
         TRANSITION.format(2),
-        ["features.relu0", *(TRANSITION.format(k) for k in (1, 2, 3)), "features"],
+        ["features.relu0", *(TRANSITION.format(k) for k in (1, 2, 3)), "features.denseblock4"],
     ),
     "mobilenet_v3_small": (
         64,
@@ -41,8 +41,8 @@ KINDS = {  # side of the input, shallow layer, all stages; the deep layer is the
     ),
     "small_convnext": (
         64,
-        "features.4.0",
-        ["features.2.0", "features.4.0", "features.6.0", "features"],
+        "features.3",
+        ["features.1", "features.3", "features.5", "features"],
     ),
     "small_vit": (32, VIT.format(5), [VIT.format(k) for k in (2, 5, 8, 11)]),
     "small_swin": (64, "features.3", ["features.1", "features.3", "features.5", "permute"]),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake import make_notebook
 
@@ -76,11 +77,39 @@ def test_the_page_of_parameters_is_what_the_code_makes():
         ("layer", "true", "true"),
         ("device", "cuda:1", "cuda:1"),
         ("scheduler", "tls://10.0.0.1:1", "tls://10.0.0.1:1"),
+        ("n_images", "5.0", 5),
+        ("n_images", 5.0, 5),
+        ("n_images", " 5 ", 5),
+        ("n_images", np.int64(5), 5),
+        ("seed", "9007199254740993", 9007199254740993),
+        ("threads", 2.0, 2),
+        ("alpha", "5E-1", 0.5),
+        ("alpha", np.float32(0.5), 0.5),
+        ("alpha", "Auto", "auto"),
+        ("shortcut", " TRUE ", True),
+        ("targets", 3.0, "3"),
+        ("targets", "3, ring ,", "3,ring"),
+        ("targets", "[3, 'ring']", "3,ring"),
+        ("targets", (3, "ring"), "3,ring"),
+        ("classes", ["golden retriever", "cat"], "golden retriever,cat"),
+        ("classes", [], ""),
+        ("baseline", "rise, zero", "rise,zero"),
+        ("baseline", "rise zero", "rise,zero"),
+        ("baseline", ["Rise", "zero"], "rise,zero"),
+        ("baseline", "[rise, zero]", "rise,zero"),
+        ("layer", 3, "3"),
+        ("layer", " layer3 ", "layer3"),
+        ("device", "CPU", "cpu"),
+        ("weights", "ImageNet", "imagenet"),
+        ("weights", "IMAGENET1K_V1", "IMAGENET1K_V1"),
+        ("method", "All", "all"),
+        ("dataset", Path("synthetic"), "synthetic"),
     ],
 )
 def test_a_value_has_the_type_of_its_setting(name, given, value):
-    result = parameters.value_of(name, Given(given, "-p"))
-    assert (result, type(result)) == (value, type(value))
+    """However it is written, and in a notebook as on the command line."""
+    for result in (parameters.value_of(name, Given(given, "-p")), settings.check(name, given)):
+        assert (result, type(result)) == (value, type(value))
 
 
 @pytest.mark.parametrize(
@@ -106,12 +135,40 @@ def test_a_value_has_the_type_of_its_setting(name, given, value):
         ("dataset", "nowhere"),
         ("arch", "nowhere.py:Net"),
         ("colormap", "rainbows"),
+        ("n_images", 5.5),
+        ("n_images", float("inf")),
+        ("n_images", [5]),
+        ("threads", "two"),
+        ("alpha", [0.5]),
+        ("alpha", "0,5"),
+        ("layer", ["layer3", "layer4"]),
+        ("layer", True),
+        ("classes", ["a,b", "c"]),
+        ("classes", ["a", None]),
+        ("classes", {"a": 1}),
+        ("baseline", []),
     ],
 )
 def test_a_value_that_is_not_allowed_is_refused_with_what_is(capsys, name, given):
     message = refusal(capsys, parameters.value_of, name, Given(given, "-f x.yaml"))
     assert f"-f x.yaml: {name} cannot be " in message
     assert f" Allowed: {settings.allowed(name)}." in message
+    with pytest.raises(ValueError, match=f"{name} cannot be .* Allowed: "):
+        settings.check(name, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("n_images", "many", "Allowed: a whole number, 0 or more."),
+        ("classes", None, 'Allowed: names or numbers, "a,b,c" or a list [a, b, c].'),
+        ("baseline", "grey", "twin, rise, zero, black, joined by commas or as a list."),
+        ("layer", ["a", "b"], "Allowed: one text."),
+        ("classes", ["a", False], "YAML takes yes and no for true and false: put them into quotes"),
+    ],
+)
+def test_what_is_allowed_is_said_in_words(capsys, name, given, said):
+    assert said in refusal(capsys, parameters.value_of, name, Given(given, "-p"))
 
 
 def test_files_are_seen_from_the_user_then_from_the_repository(tmp_path, monkeypatch):

@@ -170,6 +170,23 @@ def test_the_page_leads_with_the_conclusions_and_the_right_numbers(html, folder)
     assert f"{fused} layer1</strong> with α = 0.3 (chosen on 2 validation images)" in html
 
 
+@pytest.mark.parametrize("slider", [True, False])
+def test_notebook_05_alone_with_a_given_alpha_has_its_report(tmp_path, slider, monkeypatch):
+    """`--only 05 -p alpha 0.5` into a new folder: nobody chose a fusion, so there is no reason."""
+    folder = make_run(tmp_path / "one")
+    (folder / "fusion.json").unlink()
+    if not slider:
+        (folder / "slider.npz").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["notebooks"]["05_evaluation"]["parameters"]["alpha"] = 0.5
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    report.main()
+    assert "The hybrid is better" in (folder / "report.html").read_text("utf-8")
+    used = report.settings_of(report.read_run(folder, manifest))
+    assert used.get("reason") == ("alpha given as a parameter" if slider else None)
+
+
 def test_failures_are_the_largest_losses_in_metrics_csv(html, folder):
     metrics = pd.read_csv(folder / "metrics.csv")
     wide = metrics.pivot(index="image", columns=["method", "metric"], values="value")

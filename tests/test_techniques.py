@@ -49,8 +49,8 @@ def test_fgsm_moves_every_pixel_by_epsilon_within_the_range():
     x = cc.networks.preprocess([Image.new("RGB", (12, 12), colour) for colour in colours], 12)
     epsilon = 4 / 255
     moved = cc.fgsm(model, x, [0, 1, 2], epsilon)
-    mean = torch.tensor(cc.MEAN).view(1, 3, 1, 1)
-    deviation = torch.tensor(cc.STD).view(1, 3, 1, 1)
+    mean = torch.tensor(cc.networks.MEAN).view(1, 3, 1, 1)
+    deviation = torch.tensor(cc.networks.STD).view(1, 3, 1, 1)
     pixels = moved * deviation + mean
     change = pixels - (x * deviation + mean)
     assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
