@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import dis
 import functools
 import hashlib
 import json
@@ -141,14 +142,14 @@ def capture(
     outputs: dict[str, Tensor] = {}
     with _borrowed(model, {name: _keep(name, x, outputs) for name in names}):
         output = _forward(model, x.detach().clone())  # a copy: a first layer may work in place
-        logits, target, scores = _scored(model, output, x, target, head)
+        logits, target, scores, head = _scored(model, output, x, target, head)
         # images do not mix, so one backward pass of the sum serves the whole batch
         gradients = _gradients(model, scores.sum(), names, outputs)
     _check_captured(model, x, logits, scores, outputs, gradients)
     last = _channels_last(model, x, outputs)
     probabilities = None
     if logits is not None:
-        head = _head_of(model, logits, head)
+        head = head or _head_of(model, logits, head)
         make = heads.HEADS[head].probabilities
         probabilities = make(logits.detach().float()) if make else None
         logits = logits.detach()
@@ -164,15 +165,23 @@ def capture(
 
 def _scored(
     model: nn.Module, output, x: Tensor, target: Target, head: str | None
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(logits, class indices, scores) of a network's output; see `Capture`."""
+) -> tuple[Tensor | None, Tensor | None, Tensor, str | None]:
+    """(logits, class indices, scores, head) of a network's output; see `Capture`. The head as it
+    was given where a target function makes the scores.
+    """
     if callable(target):
-        return _logits_if_any(output, x), None, _called(target, output, x)
+        return _logits_if_any(output, x), None, _called(target, output, x), head
     logits = heads.logits_of(output, len(x))
     head = _head_of(model, logits, head)
     scores = heads.HEADS[head].scores(logits)
     chosen = _targets(target, scores, head)
-    return logits, chosen, scores.gather(1, chosen[:, None])[:, 0]
+    scores = scores.gather(1, chosen[:, None])[:, 0]
+    if head == "softmax_inside" and bool((scores.detach() == 0).any()):
+        raise ValueError(
+            "The target's probability is exactly 1 and all others are 0 in this precision, so no "
+            "gradient is left. Let the network return the logits in front of its softmax."
+        )
+    return logits, chosen, scores, head
 
 
 def _head_of(model: nn.Module, logits: Tensor, head: str | None) -> str:
@@ -192,8 +201,29 @@ def _logits_if_any(output, x: Tensor) -> Tensor | None:
 
 
 def _called(target: Callable, output, x: Tensor) -> Tensor:
+    """What a target function makes of a network's output, to be differentiated: (B,) scores."""
+    scores = _called_any(target, output, x)
+    given = [t for _, t in heads.tensors_in(output) if t.requires_grad]
+    if given and not scores.requires_grad:
+        raise ValueError(
+            "target: the function's scores have no gradient, as behind .detach(), torch.no_grad "
+            "or a comparison. Use differentiable operations only."
+        )
+    _check_rows(scores, given)
+    return scores
+
+
+def _called_any(target: Callable, output, x: Tensor) -> Tensor:
     """What a target function makes of a network's output: (B,) scores."""
-    scores = target(output)
+    try:
+        scores = target(output)
+    except Exception as error:  # the user's own code
+        got = ", ".join(f"{name} {tuple(t.shape)}" for name, t in heads.tensors_in(output))
+        raise ValueError(
+            f"target: the function failed on the network's output ({type(error).__name__}: "
+            f"{networks.shortened(error)}). The output is a {type(output).__name__}"
+            f"{f': {got}' if got else ''}."
+        ) from error
     right = isinstance(scores, Tensor) and scores.is_floating_point()
     if right and scores.shape == (len(x), 1):
         scores = scores[:, 0]
@@ -208,18 +238,26 @@ def _called(target: Callable, output, x: Tensor) -> Tensor:
     return scores
 
 
+def _check_rows(scores: Tensor, given: Sequence[Tensor]) -> None:
+    """Refuse a target function's scores that mix the images of a batch; given: the tensors that it
+    was given.
+    """
+    rows = [t for t in given if t.ndim and len(t) == len(scores)]
+    if len(scores) < 2 or not rows:
+        return
+    found = torch.autograd.grad(scores[0], rows, retain_graph=True, allow_unused=True)
+    if any(g is not None and bool(g[1:].any()) for g in found):
+        raise ValueError(
+            "target: the function mixes the images of a batch: the score of the first depends on "
+            "the output for others. Compute each image's score from its own row."
+        )
+
+
 def _one_by_one(
     model: nn.Module, x: Tensor, names: Sequence[str], target: Target, head: str | None
 ) -> Capture:
     """`capture` of each image alone, put together."""
-    targets = [target] * len(x)
-    if isinstance(target, list | tuple) or (isinstance(target, Tensor) and target.ndim):
-        if len(target) != len(x):
-            raise ValueError(
-                f"target has {len(target)} entries for {len(x)} images: give one class index for "
-                "all, or one per image."
-            )
-        targets = list(target)
+    targets = _for_each(target, len(x))
     parts = [capture(model, x[k : k + 1], names, t, head) for k, t in enumerate(targets)]
 
     def joined(field: str) -> Tensor | None:
@@ -232,6 +270,22 @@ def _one_by_one(
         maps[kind] = {name: torch.cat([each[name] for each in both]) for name in both[0]}
     fields_left = ("logits", "target", "scores", "probabilities")
     return Capture(**maps, **{field: joined(field) for field in fields_left})
+
+
+def _for_each(target: Target, count: int) -> list:
+    """A target for each of `count` images that go through a network alone."""
+    try:
+        given = None if target is None or callable(target) else torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        given = None  # `_targets` refuses it
+    if given is None or given.ndim != 1:
+        return [target] * count
+    if len(given) != count:
+        raise ValueError(
+            f"target has {len(given)} entries for {count} images: give one class index for all, "
+            "or one per image."
+        )
+    return list(given)
 
 
 def finer_target(
@@ -377,8 +431,8 @@ def _maps(output, x: Tensor, last: bool | None = None) -> Tensor | None:
     positions.
 
     Four dimensions are (B, h, w, C) if `last`, else (B, C, h, w); where nobody knows, None, the
-    first if only then h : w is as in the input. Three are tokens (B, n, C): n = h*w patches, in
-    rows as in the input, and up to eight more in front of them.
+    first if only then h : w is as in the input. Three are tokens (B, n, C), or (B, C, n) if not
+    `last`: n = h*w patches, in rows as in the input, and up to eight more in front of them.
     """
     if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != len(x):
         return None
@@ -389,12 +443,18 @@ def _maps(output, x: Tensor, last: bool | None = None) -> Tensor | None:
             last = _as_wide(output.shape[1:3], x) and not _as_wide(output.shape[2:], x)
         maps = output.permute(0, 3, 1, 2) if last else output
         return maps if maps.shape[2] * maps.shape[3] > 1 else None
-    for extra in range(min(9, output.shape[1] - 1)):
-        patches = output.shape[1] - extra
+    tokens = output.mT if last is False else output
+    grids = []
+    for extra in range(min(9, tokens.shape[1] - 1)):
+        patches = tokens.shape[1] - extra
         h = max(1, round(math.sqrt(patches * x.shape[2] / x.shape[3])))
         if patches % h == 0 and _as_wide((h, patches // h), x):
-            return output[:, extra:].unflatten(1, (h, patches // h)).permute(0, 3, 1, 2)
-    return None
+            off = h * x.shape[3] != patches // h * x.shape[2]  # not exactly as wide as the input
+            grids.append((off, extra, h))
+    if not grids:
+        return None
+    _, extra, h = min(grids)
+    return tokens[:, extra:].unflatten(1, (h, -1)).permute(0, 3, 1, 2)
 
 
 def _as_wide(size: Sequence[int], x: Tensor) -> bool:
@@ -418,7 +478,8 @@ _INDEPENDENT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _channels_last(
     model: nn.Module, x: Tensor, outputs: Mapping[str, Tensor], noted: bool = False
 ) -> dict[str, bool]:
-    """Of the outputs with four dimensions: whether they are (B, h, w, C), rather than (B, C, h, w).
+    """Of the outputs with four dimensions: whether they are (B, h, w, C), rather than (B, C, h, w);
+    of those with three that may be both, whether they are (B, n, C), rather than (B, C, n).
 
     Shapes alone cannot tell: (64, 64, 16) is 64 channels of 64 x 16, or 16 channels of 64 x 64. A
     module made of convolutions and their norms has channels first, and what follows it in a
@@ -427,8 +488,8 @@ def _channels_last(
     """
     known = _LAYOUTS.setdefault(model, {})
     shape = tuple(x.shape[1:])
-    four = [n for n, o in outputs.items() if isinstance(o, Tensor) and o.ndim == 4]
-    new = [name for name in four if (name, shape) not in known]
+    unclear = [name for name, output in outputs.items() if _is_unclear(output, x)]
+    new = [name for name in unclear if (name, shape) not in known]
     unsure = [name for name in new if not _surely_first(model, name)]
     known |= {(name, shape): False for name in new if name not in unsure}
     if unsure and not noted:
@@ -436,7 +497,14 @@ def _channels_last(
         unsure = [name for name in unsure if (name, shape) not in known]
     if unsure:
         known |= {(name, shape): last for name, last in _probe_layouts(model, x, unsure).items()}
-    return {name: known[name, shape] for name in four}
+    return {name: known[name, shape] for name in unclear}
+
+
+def _is_unclear(output, x: Tensor) -> bool:
+    """Whether the shape of an output leaves open where its channels are."""
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        return False
+    return output.ndim == 4 or _maps(output, x, last=False) is not None
 
 
 def _surely_first(model: nn.Module, layer: str) -> bool:
@@ -451,11 +519,17 @@ def _surely_first(model: nn.Module, layer: str) -> bool:
         modules = [row.get_submodule(n) for n in names[: names.index(name) + 1]]
     for module in reversed(modules):
         inside = list(_with_parameters(module))
-        if inside:
-            return all(isinstance(m, CHANNELS_FIRST) for m in inside)
+        if inside:  # a block with a forward of its own may hand on what it has permuted
+            plain = all(_is_plain(m) for m in module.modules())
+            return plain and all(isinstance(m, CHANNELS_FIRST) for m in inside)
         if not type(module).__module__.startswith("torch.nn.modules"):
             return False
     return False
+
+
+def _is_plain(module: nn.Module) -> bool:
+    ours = type(module).__module__.startswith("torch.nn.modules")
+    return ours or (type(module).forward is nn.Sequential.forward)
 
 
 def _with_parameters(module: nn.Module) -> Iterator[nn.Module]:
@@ -485,6 +559,12 @@ def _probe_layouts(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[st
     found = {}
     for name in names:
         moves = [(o[name] - seen[0][name]).abs().float()[0] for o in seen[1:]]
+        if moves[0].ndim == 2:
+            as_first, as_last = (
+                [_maps(move[None], x, last)[0] for move in moves] for last in (False, True)
+            )
+            found[name] = _along(as_last) >= _along(as_first)
+            continue
         down = [_shift(moves[0], moves[1], axis) for axis in range(3)]
         across = [_shift(moves[2], moves[3], axis) for axis in range(3)]
         first, last = down[1] + across[2], down[0] + across[1]
@@ -494,6 +574,13 @@ def _probe_layouts(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[st
         else:
             found[name] = last > first
     return found
+
+
+def _along(moves: Sequence[Tensor]) -> float:
+    """How far changes (C, h, w) of the upper, lower, left and right quarter lie apart where they
+    should.
+    """
+    return _shift(moves[0], moves[1], 1) + _shift(moves[2], moves[3], 2)
 
 
 def _record(name: str, outputs: dict[str, Tensor]) -> Callable:
@@ -526,10 +613,20 @@ def _independent(model: nn.Module, x: Tensor) -> bool:
         try:
             _INDEPENDENT[model] = _answers_alike(model, x[:1].detach())
         except Exception as error:  # of a network's own code
+            if not _takes(model, x):
+                return True  # nor this batch, and the pass itself will say why
             _INDEPENDENT[model] = True
             warnings.warn(
-                f"This {name} does not take one image alone ({error}), so it is not known whether "
-                "the images of a batch are independent.",
+                f"This {name} takes neither one image nor two ({error}), so it is not known "
+                "whether the images of a batch are independent.",
+                stacklevel=3,
+            )
+        if not _INDEPENDENT[model] and _is_random(model, x[:1].detach()):
+            _INDEPENDENT[model] = True
+            warnings.warn(
+                f"This {name} does not say the same of an image twice, as with dropout that is "
+                "always on: maps and probabilities are those of one draw, and change with the "
+                "next.",
                 stacklevel=3,
             )
         if not _INDEPENDENT[model]:
@@ -543,15 +640,40 @@ def _independent(model: nn.Module, x: Tensor) -> bool:
 
 
 def _answers_alike(model: nn.Module, image: Tensor) -> bool:
-    """Whether a network says the same of an image alone and of the image beside noise."""
+    """Whether a network says the same of an image alone and of the image beside noise; beside two
+    kinds of noise, where it does not take one image alone.
+    """
     noise = 1 + 2 * torch.randn(image.shape, generator=torch.Generator().manual_seed(7)).to(image)
     with _borrowed(model, {}):
-        alone = heads.tensors_in(_forward(model, image.clone()))
-        beside = heads.tensors_in(_forward(model, torch.cat([image, noise])))
-    for (_, a), (_, b) in zip(alone, beside, strict=True):
-        if b.ndim and len(b) == 2 and not _equal_up_to_rounding(a, b[:1]):
-            return False
+        try:
+            alone = _forward(model, image.clone())
+        except Exception:  # of a network's own code
+            alone = _forward(model, torch.cat([image, -2 * noise]))
+        beside = _forward(model, torch.cat([image, noise]))
+    for (_, a), (_, b) in zip(heads.tensors_in(alone), heads.tensors_in(beside), strict=True):
+        if b.ndim and len(b) == 2:
+            a = a.reshape(b[:1].shape) if a.numel() == b[0].numel() else a[:1]
+            if not _equal_up_to_rounding(a, b[:1]):
+                return False
     return True
+
+
+def _takes(model: nn.Module, x: Tensor) -> bool:
+    try:
+        with _borrowed(model, {}):
+            _forward(model, x.detach().clone())
+    except Exception:  # of a network's own code
+        return False
+    return True
+
+
+def _is_random(model: nn.Module, image: Tensor) -> bool:
+    """Whether a network says something else of the same images a second time."""
+    pair = torch.cat([image, image])  # two, as not all take one
+    with _borrowed(model, {}):
+        outputs = [heads.tensors_in(_forward(model, pair.clone())) for _ in range(2)]
+    both = zip(*outputs, strict=True)
+    return not all(_equal_up_to_rounding(a, b) for (_, a), (_, b) in both)
 
 
 def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
@@ -606,11 +728,8 @@ def _borrowed(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]
 def _unwrap(model: nn.Module) -> nn.Module:
     _check_model(model)
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            inner = model._orig_mod
-        else:
+        inner = networks.inside(model)
+        if inner is None:
             return model
         warnings.warn(
             f"{type(model).__name__} is unwrapped: the plain module inside is explained, on one "
@@ -636,12 +755,10 @@ def _forward(model: nn.Module, x: Tensor):
     try:
         return model(x)
     except Exception as error:
-        modules = [f.f_globals["__name__"] for f, _ in traceback.walk_tb(error.__traceback__)]
-        raised_in = modules[-1].split(".")[0]
         # exactly these: running out of memory and a device's failure are kinds of RuntimeError too,
         # and not x's fault
         kinds = (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError)
-        about_x = type(error) in kinds and raised_in in NETWORK_LIBRARIES
+        about_x = type(error) in kinds and _is_of_a_library(error)
         if not about_x and not networks.wants_more(error):
             raise
         weights = next((f", its weights are {p.dtype}" for p in model.parameters()), "")
@@ -650,8 +767,25 @@ def _forward(model: nn.Module, x: Tensor):
         )
         raise ValueError(
             f"x={x.dtype} {tuple(x.shape)} does not fit this {type(model).__name__}{weights}: "
-            f"{networks.shortened(error)} {advice}"
+            f"{networks.shortened(error).rstrip('. ')}. {advice}"
         ) from error
+
+
+def _is_of_a_library(error: Exception) -> bool:
+    """Whether a library of networks raised this, or an operation of torch that a model of your own
+    called, and not a `raise` or `assert` of its own.
+    """
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in NETWORK_LIBRARIES:
+        return True
+    operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
+    if operation in ("RAISE_VARARGS", "RERAISE"):
+        return False
+    # Python's own complaints are TypeErrors too
+    by_torch = re.search(r"\w\(\)[:,]? (argument|received)", str(error)) is not None
+    return type(error) is RuntimeError or (type(error) is TypeError and by_torch)
 
 
 def _logits(output, x: Tensor) -> Tensor:
@@ -673,6 +807,12 @@ def _check_finite(x: Tensor, tensors: Mapping[str, Tensor]) -> None:
     for what, t in tensors.items():
         wrong = (~t.detach().isfinite()).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
         if wrong:
+            if what == "scores" and "logits" in tensors:  # which are finite: seen before
+                raise ValueError(
+                    f"The scores contain NaN or infinity in images {wrong[:5]} of x: the network "
+                    "hands out probabilities, and one of exactly 0 or 1 has no finite logarithm "
+                    "or log-odds. Let it return the logits in front of its softmax or sigmoid."
+                )
             source = "x is finite" if bool(x.isfinite().all()) else "x contains them too"
             hidden = "" if what == "logits" else " The logits show nothing of it."
             raise ValueError(
@@ -845,10 +985,7 @@ def input_gradient(
     model = _unwrap(model)
     _check_input(model, x)
     if len(x) > 1 and not _independent(model, x):
-        if target is not None and not callable(target) and not isinstance(target, int):
-            targets = [int(t) for t in target]
-        else:
-            targets = [target] * len(x)
+        targets = _for_each(target, len(x))
         alone = [
             input_gradient(model, x[k : k + 1], t, guided, head) for k, t in enumerate(targets)
         ]
@@ -856,7 +993,7 @@ def input_gradient(
     with _borrowed(model, {}):
         leaf = x.detach().clone().requires_grad_()
         output = _forward(model, leaf.clone())  # a clone, as a first layer may work in place
-        logits, _, scores = _scored(model, output, x, target, head)
+        logits, _, scores, _ = _scored(model, output, x, target, head)
         score = scores.sum()
         if guided:
             _guide(score)
@@ -933,12 +1070,18 @@ def integrated_gradients(
 
     model = _unwrap(model)
     _check_input(model, x)
-    if len(x) > 1:
-        _independent(model, x)  # warns where points of one pass would mix
+    if not _independent(model, x):  # nor may the points of one pass mix
+        if len(x) > 1:
+            targets = enumerate(_for_each(target, len(x)))
+            parts = [
+                integrated_gradients(model, x[k : k + 1], t, steps, 1, head) for k, t in targets
+            ]
+            return torch.cat(parts)
+        batch_size = 1
     with _borrowed(model, {}):
-        image = x.detach().clone()
-        logits, chosen, _ = _scored(model, _forward(model, image), x, target, head)
-        head = head if logits is None else _head_of(model, logits, head)
+        image = x.detach().clone().requires_grad_()
+        output = _forward(model, image.clone())
+        logits, chosen, _, head = _scored(model, output, x, target, head)
 
         def scores_of(points: Tensor) -> Tensor:
             output = _forward(model, points)
@@ -1229,6 +1372,11 @@ def _probe(model: nn.Module, x: Tensor) -> tuple[list[_End], object]:
     """(the end of every module, in order; the network's output), in one pass with one image, all of
     which autograd records.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model={type(model).__name__}: a scripted or traced network takes no hooks, so no "
+            "layer of it can be seen. Give the network as it was before."
+        )
     _check_input(model, x)
     ends: list[_End] = []
 
@@ -1286,8 +1434,8 @@ def _note_layouts(model: nn.Module, x: Tensor, ends: Sequence[_End]) -> None:
     """
     known = _LAYOUTS.setdefault(model, {})
     for end in ends:
-        if end.edge and isinstance(end.output, Tensor) and end.output.ndim == 4:
-            last = _has_channels_last(end.edge.node)
+        if end.edge and _is_unclear(end.output, x):
+            last = _has_channels_last(end.edge.node, tokens=end.output.ndim == 3)
             if last is not None:
                 known[end.name, tuple(x.shape[1:])] = last
 
@@ -1329,16 +1477,18 @@ def _maker(node: Node) -> Node:
     return node
 
 
-def _has_channels_last(node: Node) -> bool | None:
+def _has_channels_last(node: Node, tokens: bool = False) -> bool | None:
     """Whether what an operation made is (B, h, w, C), from the nearest operation in front of it
-    that tells: convolutions have channels first, linear maps last. None where none tells.
+    that tells: convolutions have channels first, linear maps last. None where none tells. tokens:
+    whether it is (B, n, C); there a linear map may mix positions, as in an MLP-Mixer.
     """
     ahead = [node]
     seen = set()
     for node in ahead:
         if _is(node, "Convolution|BatchNorm|GroupNorm|Pool|Upsample"):
             return False
-        by_weights = _is(node, "^(Addmm|Mm|Bmm|Linear)B") and len(_sources(node)) == 1
+        linear = _is(node, "^(Addmm|Mm|Bmm|Linear)B") and len(_sources(node)) == 1
+        by_weights = linear and not tokens
         if by_weights or _is(node, "LayerNorm"):
             return True
         if _is(node, "Permute"):
@@ -1597,7 +1747,7 @@ def _stages(model: nn.Module, x: Tensor, target: Target) -> list[_Place]:
     model = _unwrap(model)
     ends, output = _probe(model, x)
     x = x[:1].detach()
-    score = (target(output) if callable(target) else _logits(output, x)).amax()
+    score = (_called(target, output, x) if callable(target) else _logits(output, x)).amax()
     if not score.requires_grad:
         raise ValueError(
             f"The logits of this {type(model).__name__} do not depend on its input, as far as "
@@ -1706,8 +1856,8 @@ def _no_layer(model: nn.Module, x: Tensor) -> str:
             "'+'. layer_shapes(model, x) lists them."
         )
     return (
-        f"{name} has no layer with a spatial output before its classifier that runs once: name "
-        "one with layer=."
+        f"{name} has no layer with a spatial output before its classifier that runs once. Put a "
+        "module of its own there, such as self.maps = nn.Identity() and x = self.maps(x)."
     )
 
 
@@ -1790,7 +1940,7 @@ def explain(
     (H, W), else what the model says, else 224; the map has this size, and `overlay` fits it to the
     photograph. Raises ValueError for an unknown method, and what `capture` and `hybrid` raise.
     """
-    _check_model(model)
+    model = _unwrap(model)
     alpha = _alpha(alpha)
     if not isinstance(method, str) or method not in ("hybrid", *CAMS):
         raise ValueError(f"method={method!r} is unknown. {nearest(str(method), ['hybrid', *CAMS])}")
@@ -1812,6 +1962,12 @@ def explain(
     if rival is not None:
         asked = _against(model, target, rival, gamma, head)
     captured = capture(model, x, names, asked, head)
+    if not any(bool(gradient.any()) for gradient in captured.gradients.values()):
+        warnings.warn(
+            "Every gradient is zero, as with a classifier of zeros before training: the map is "
+            "empty.",
+            stacklevel=2,
+        )
     side = tuple(x.shape[2:])
     if method == "hybrid":
         coarse = cam_at(captured, grad_cam, deep, side, fuse)
@@ -1896,7 +2052,7 @@ def _one_input(
             f"image: one at a time; got a tensor {tuple(x.shape)}. For batches use `capture` and "
             "the CAMs."
         )
-    first = next(model.parameters(), x)
+    first = next((p for p in model.parameters() if p.is_floating_point()), x)
     return x.to(device=first.device, dtype=first.dtype)
 
 
@@ -2058,6 +2214,10 @@ def probabilities(
     softmax of the logits, or what the network's head makes of its output (`heads.HEADS`; head as
     in `capture`). precision: "float32" or "bf16" (autocast). ValueError where the output has none.
     """
+    _check_model(model)
+    if not isinstance(x, Tensor) or x.ndim != 4 or not len(x):
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a float tensor (B, C, H, W), none of them 0; got {got}.")
     head = head or _known_head(model, x)
     make = heads.HEADS[head].probabilities
     if make is None:
@@ -2103,6 +2263,8 @@ _FOUND_HEADS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 def _known_head(model: nn.Module, x: Tensor) -> str:
     """The model's `output_head`, else what one pass with one image shows."""
+    while networks.inside(model) is not None:
+        model = networks.inside(model)
     said = getattr(model, "output_head", None)
     if isinstance(said, str):
         heads.check_head(said, 0)
@@ -2125,9 +2287,34 @@ def _values(
     """What is measured of each image: its target's probability, or a target function's value."""
     if callable(target):
         return _in_batches(
-            model, x, batch_size, precision, lambda output, part: _called(target, output, part)
+            model, x, batch_size, precision, lambda output, part: _called_any(target, output, part)
         )
-    return probabilities(model, x, batch_size, precision).gather(1, target[:, None])[:, 0]
+    p = probabilities(model, x, batch_size, precision)
+    try:
+        return p.gather(1, target[:, None])[:, 0]
+    except (IndexError, RuntimeError):
+        _targets(target, p)  # says what is wrong with it
+        raise
+
+
+def _check_own_rows(model: nn.Module, x: Tensor, target: Callable) -> None:
+    """Refuse a target function that mixes the images of a batch, here x."""
+    with _borrowed(model, {}):
+        output = _forward(model, x.detach().clone().requires_grad_().clone())
+        scores = _called_any(target, output, x)
+        if scores.requires_grad:
+            _check_rows(scores, [t for _, t in heads.tensors_in(output) if t.requires_grad])
+
+
+def _one_each(target: int | Sequence[int] | Tensor, count: int) -> Tensor:
+    """A class index for each of `count` images; ValueError for what is none."""
+    if target is None:
+        raise ValueError(
+            "target=None: give the class whose probability is measured, one for all images or one "
+            "per image, or a target function."
+        )
+    any_class = torch.zeros(count, 1).expand(count, 2**31)  # their number is not known here
+    return _targets(target, any_class)
 
 
 def _check_probabilities(p: Tensor) -> None:
@@ -2295,8 +2482,10 @@ def perturbation_curves(
         )
     device = next(model.parameters(), start).device
     start, end, ranks = (t.to(device) for t in (start, end, ranks))
+    if callable(target) and n > 1 and batch_size > 1 and _independent(model, start):
+        _check_own_rows(model, start[:2], target)
     # with a function nobody asks for a class: any one will do
-    classes = torch.zeros(n, dtype=torch.long) if callable(target) else target
+    classes = torch.zeros(n, dtype=torch.long) if callable(target) else _one_each(target, n)
     classes = classes.to(device)
     cuts = torch.arange(steps + 1, device=device) * places // steps
     # the point from which on a pixel is replaced
@@ -2459,7 +2648,7 @@ def faithfulness(
         torch.cat([start, x]),
         torch.cat([x, end]),
         torch.stack(ranks, 1).repeat(2, 1, 1, 1),
-        target if callable(target) else target.repeat(2),
+        target if callable(target) else _one_each(target, len(x)).repeat(2),
         steps,
         batch_size,
         precision,

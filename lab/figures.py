@@ -14,7 +14,6 @@ import cv2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +21,8 @@ from lab import RUN_ID, nearest
 from lab.drawing import CLASSES
 from lab.networks import IMAGENET, Preprocessing
 from lab.pictures import as_rgb
+
+# seaborn takes two seconds to import, so only the figures that are drawn with it wait for it.
 
 # ---- methods: names and colours
 
@@ -1033,6 +1034,8 @@ def audit(table):
 
 def size_and_contrast(lesions, classes: Sequence[str]):
     """Extent and summed grey levels of the lesions: for each class the share that is smaller."""
+    import seaborn as sns
+
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True)
     names = {"area": "area of the hulls / image", "summed_contrast": "sum of image − twin"}
     for ax, (column, name) in zip(axes, names.items(), strict=True):
@@ -1066,6 +1069,8 @@ def learning_curves(history, kept: int, title: str):
 
 def confusion(truth, predicted, names: Sequence[str], title: str):
     """How many images of each class are taken for which."""
+    import seaborn as sns
+
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (np.asarray(truth), np.asarray(predicted)), 1)
     fig, ax = plt.subplots(figsize=(1.6 + 0.55 * len(names), 1.1 + 0.45 * len(names)))
@@ -1090,6 +1095,8 @@ def difficulty(levels, lesions, classes: Sequence[str], title: str):
     levels: a table by level with accuracy, low, high. lesions: one row per image with a lesion,
     with label and drop, the fall of its class's probability on the twin.
     """
+    import seaborn as sns
+
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 2.9))
     reach = [levels["accuracy"] - levels["low"], levels["high"] - levels["accuracy"]]
     axes[0].errorbar(levels.index, levels["accuracy"], reach, fmt="o", capsize=3)

@@ -36,13 +36,24 @@ def _complement(p: Tensor) -> Tensor:
     return torch.cat([1 - p, p], 1) if p.shape[1] == 1 else p
 
 
+def _log(p: Tensor) -> Tensor:
+    """log p of rows p that sum to one. The largest as -log(1 + others / p): the same, but where p
+    rounds to 1 its gradient is still that of the others.
+    """
+    p = p if p.dtype == torch.float64 else p.float()
+    top = p.argmax(1, keepdim=True)
+    others = p.scatter(1, top, 0).sum(1, keepdim=True)
+    # a zero apart, whose gradient would be NaN for every other class too
+    logs = torch.where(p > 0, torch.where(p > 0, p, 1).log(), -torch.inf)
+    logs = logs - p.sum(1, keepdim=True).log()
+    return logs.scatter(1, top, -(others / p.gather(1, top)).log1p())
+
+
 HEADS = {
     "softmax": Head(lambda y: y, lambda y: y.softmax(1), "logits of classes of which one is right"),
     "sigmoid": Head(_both, lambda y: _both(y).sigmoid(), "logits of labels, each true or not"),
     "logit": Head(_both, lambda y: _both(y).sigmoid(), "one logit, of the second of two classes"),
-    "softmax_inside": Head(
-        lambda y: y.log(), lambda y: y, "probabilities; their logarithms are explained"
-    ),
+    "softmax_inside": Head(_log, lambda y: y, "probabilities; their logarithms are explained"),
     "sigmoid_inside": Head(
         lambda y: _both(y.logit()),
         _complement,
@@ -85,36 +96,75 @@ def found_head(model: nn.Module, output: Tensor) -> tuple[str, str]:
     problems = {"multi_label_classification": "sigmoid", "regression": "none"}
     if problem in problems:
         return problems[problem], "its config.problem_type says so"
-    last = _last_operation(output)
+    last = _last_operation(output.grad_fn)
     if last == "Sigmoid":
         return "sigmoid_inside", "its last operation is a sigmoid"
-    if last == "Softmax" and output.shape[1] > 1:
-        return "softmax_inside", "its last operation is a softmax"
-    if output.shape[1] == 1:
-        return "logit", "it has one output"
+    if last == "LogSigmoid":
+        raise ValueError(
+            "The model's last operation is a log-sigmoid: let it return the logits in front of it "
+            "(head='sigmoid'), or take its outputs as values (head='none')."
+        )
     y = output.detach().float()
+    one = output.shape[1] == 1
     tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 1e-2
-    in_range = (y >= 0).all() & (y <= 1).all()
-    if bool(in_range & ((y.sum(1) - 1).abs() <= tolerance).all()):
+    in_range = bool((y >= 0).all() & (y <= 1).all())
+    sums = in_range and bool(((y.sum(1) - 1).abs() <= tolerance).all())
+    if last == "Softmax":
+        if one and sums:
+            raise ValueError(
+                "The model's last operation is a softmax over one output, which is 1 for every "
+                "image: let it return the logit in front of it (head='logit')."
+            )
+        if not sums:  # over groups of its outputs, or one class of several
+            return "sigmoid_inside", "its last operation is a softmax, its rows do not sum to one"
+        return "softmax_inside", "its last operation is a softmax"
+    if one:
+        return "logit", "it has one output"
+    if sums:
         return "softmax_inside", "its outputs lie in [0, 1] and sum to one"
+    if in_range and y.numel() >= 8 and bool(y.any()):
+        warnings.warn(
+            f"All {y.numel()} outputs lie in [0, 1]. They are taken for logits; if they are "
+            "probabilities of labels, name the head: head='sigmoid_inside'.",
+            stacklevel=3,
+        )
     return "softmax", "the usual one, nothing says otherwise"
 
 
 # What only hands values on, between the last operation of a network and its output.
 _HANDED_ON = (
-    "View Reshape UnsafeView ReshapeAlias Squeeze Unsqueeze ToCopy Clone Alias Slice".split()
-)
+    "View Reshape UnsafeView ReshapeAlias Squeeze Unsqueeze ToCopy Clone Alias Slice Select "
+    "Permute Transpose T Expand Clamp ClampMin ClampMax"
+).split()
 
 
-def _last_operation(output: Tensor) -> str:
-    """The name of the operation of autograd's graph that made a tensor; "" if there is no graph."""
-    node = output.grad_fn
+def _last_operation(node) -> str:
+    """The name of the operation behind a tensor's grad_fn, past what only hands values on; "" if
+    there is no graph, or several that differ are put side by side.
+    """
     while node is not None:
-        name = re.sub(r"Backward\d*$", "", node.name())
+        name = _name(node)
+        if name in ("Cat", "Stack"):
+            found = {_last_operation(source) for source, _ in node.next_functions}
+            return found.pop() if len(found) == 1 else ""
         if name not in _HANDED_ON:
-            return name
+            by_hand = re.match("(Mul )?Reciprocal Add Exp", " ".join(_names(node, 4)))
+            return "Sigmoid" if by_hand else name  # 1 / (1 + exp(-y))
         node = node.next_functions[0][0]
     return ""
+
+
+def _name(node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+def _names(node, most: int) -> list[str]:
+    """The names of an operation and of those in front of it, by their first inputs."""
+    found = []
+    while node is not None and len(found) < most:
+        found.append(_name(node))
+        node = node.next_functions[0][0] if node.next_functions else None
+    return found
 
 
 def logits_of(output, batch: int | None = None) -> Tensor:
@@ -129,7 +179,10 @@ def logits_of(output, batch: int | None = None) -> Tensor:
     if batch is None:
         batch = next((len(value) for _, value in named if value.ndim), 0)
     for name, value in named:
-        if name.rpartition(".")[2] == "logits" and _as_rows(value, batch) is not None:
+        called_so = "logits" in re.split(r"[.\[\]]+", name)
+        if batch == 1 and (called_so or value is output) and _is_squeezed(value):
+            return value.reshape(1, -1)
+        if called_so and _as_rows(value, batch) is not None:
             return _as_rows(value, batch)
     fitting = [(name, value) for name, value in named if _as_rows(value, batch) is not None]
     matrices = [(name, value) for name, value in fitting if value.ndim > 1] or fitting
@@ -160,20 +213,34 @@ def _as_rows(value, batch: int) -> Tensor | None:
     return value.flatten(1) if all(side == 1 for side in value.shape[2:]) else None
 
 
-def tensors_in(output, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in what a network hands out, in order."""
+def _is_squeezed(value: Tensor) -> bool:
+    """Whether this may be the output of one image without its batch side, as `.squeeze()` makes."""
+    return value.is_floating_point() and value.ndim < 2 and value.numel() > 0
+
+
+def tensors_in(
+    output, name: str = "output", around: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in what a network hands out, in order. around: the ids of what
+    it lies in, since an object may hold itself.
+    """
     if isinstance(output, Tensor):
         yield name, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from tensors_in(value, f"{name}.{key}")
+        return
+    if id(output) in around or isinstance(output, nn.Module | str | bytes):
+        return
+    if isinstance(output, Mapping):
+        parts = [(f"{name}.{key}", value) for key, value in output.items()]
     elif hasattr(output, "_asdict"):  # a named tuple
-        yield from tensors_in(output._asdict(), name)
-    elif isinstance(output, list | tuple):
-        for k, value in enumerate(output):
-            yield from tensors_in(value, f"{name}[{k}]")
-    elif hasattr(output, "__dict__"):  # an object with attributes, such as a dataclass
-        yield from tensors_in(dict(vars(output)), name)
+        parts = [(f"{name}.{key}", value) for key, value in output._asdict().items()]
+    elif isinstance(output, Sequence):
+        parts = [(f"{name}[{k}]", value) for k, value in enumerate(output)]
+    else:  # an object with attributes, such as a dataclass
+        slots = getattr(type(output), "__slots__", ())
+        keys = [*getattr(output, "__dict__", {}), *([slots] if isinstance(slots, str) else slots)]
+        parts = [(f"{name}.{key}", getattr(output, key, None)) for key in keys]
+    for part, value in parts:
+        yield from tensors_in(value, part, (*around, id(output)))
 
 
 def _no_logits(output, named: Sequence[tuple[str, Tensor]], batch: int) -> str:

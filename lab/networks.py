@@ -189,11 +189,12 @@ def _described(
     output = torch.zeros(1, info.pop("classes", 0))  # torchvision's hand out logits
     if not output.numel():
         output = _first_output(model, info["arch"], how, head)
-    found, source = found_head(model, output)
     if head != "auto":
         found, source = head, "as given"
     elif info.get("head"):
         found, source = info["head"], "the checkpoint says so"
+    else:
+        found, source = found_head(model, output)
     check_head(found, output.shape[1])
     info |= {"head": found, "head_source": source}
     classes = HEADS[found].scores(output.detach()).shape[1]
@@ -207,7 +208,7 @@ def _first_output(model: nn.Module, arch: str, how: Preprocessing, head: str) ->
 
     Whatever a network raises here becomes a ValueError that names it and says what may help.
     """
-    first = next(model.parameters(), torch.zeros(()))
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     noise = torch.randn(1, len(how.mean), *how.size, generator=torch.Generator().manual_seed(7))
     x = noise.to(first).requires_grad_()
     try:
@@ -237,7 +238,8 @@ def _about_size(how: Preprocessing) -> str:
 
 def wants_more(error: Exception) -> bool:
     """Whether a call failed because a forward wants other arguments than one batch of images."""
-    return isinstance(error, TypeError) and "argument" in str(error)
+    wrong_call = r"missing \d+ required|takes \d+ positional|takes no arguments"
+    return isinstance(error, TypeError) and re.search(wrong_call, str(error)) is not None
 
 
 def advice(error: Exception) -> str:
@@ -249,7 +251,26 @@ def advice(error: Exception) -> str:
             "If its forward wants more than the images, wrap it in a module whose forward takes "
             "the images alone and gives it the rest."
         )
+    if "more than 1 value per channel" in str(error):
+        return (
+            "A batch norm without running statistics has nothing to average over in one image: "
+            "give it statistics (track_running_stats=True), or use another norm."
+        )
     return QUANTISED if "quantized" in str(error) else ""
+
+
+def inside(model: nn.Module) -> nn.Module | None:
+    """The network in a wrapper of torch's, whose attributes the wrapper hides; None where there is
+    no wrapper.
+    """
+    wrappers = (
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    )
+    if isinstance(model, wrappers):
+        return model.module
+    return getattr(model, "_orig_mod", None)  # of torch.compile
 
 
 QUANTISED = "Quantised operations have no gradients: give the network as it was before, in floats."
@@ -381,6 +402,12 @@ def _own_model(arch: str | nn.Module, weights: str | Path) -> tuple[nn.Module, d
         model, name = make(), arch.rpartition(":")[2]
     if not isinstance(model, nn.Module):
         raise ValueError(f"arch={arch!r} gives a {type(model).__name__}, not a torch.nn.Module.")
+    while inside(model) is not None:
+        model = inside(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"arch={name}: a scripted or traced network takes no hooks. Give it as it was before."
+        )
     extra = {}
     if str(weights) != "auto":
         state, extra = _read_checkpoint(Path(weights))
@@ -742,6 +769,8 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     image_size, mean, std and interpolation, or timm's `pretrained_cfg`, or Hugging Face's `config`;
     what none of them says is ImageNet's. The number of channels is that of its first convolution.
     """
+    while inside(model) is not None:
+        model = inside(model)
     said = getattr(model, "preprocessing", None)
     if isinstance(said, Preprocessing):
         return said
@@ -756,11 +785,16 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         if new:
             found |= new
             sources.append(source)
-    channels = _channels(model)
-    mean = found.get("mean", MEAN)
-    if channels and _is_list(mean) and len(mean) not in (1, channels):
-        found["mean"] = (round(float(np.mean(mean)), 3),) * channels
-        found["std"] = (round(float(np.mean(found.get("std", STD))), 3),) * channels
+    own = _of_attributes(model)
+    lists = [own[name] for name in ("mean", "std") if _is_list(own.get(name))]
+    # its own word goes before its first convolution, which a wrapper may feed as it likes
+    channels = max(map(len, lists), default=0) or _channels(model)
+    for name, usual in (("mean", MEAN), ("std", STD)):
+        value = found.get(name, usual)
+        if channels and not (_is_list(value) and len(value) == channels):
+            average = float(np.mean(value))
+            found[name] = (average if len(np.atleast_1d(value)) == 1 else round(average, 3),)
+            found[name] *= channels
     return _checked_preprocessing(replace(IMAGENET, **found, source=(sources or ["ImageNet's"])[0]))
 
 
@@ -769,9 +803,9 @@ def _of_attributes(model: nn.Module) -> dict:
     found = {"size": getattr(model, "image_size", None)}
     for name in ("mean", "std", "interpolation"):
         value = getattr(model, name, None)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | np.ndarray):
             value = value.flatten().tolist()
-        if isinstance(value, str if name == "interpolation" else list | tuple | float):
+        if isinstance(value, str if name == "interpolation" else list | tuple | int | float):
             found[name] = value
     return {name: value for name, value in found.items() if value is not None}
 
@@ -787,10 +821,10 @@ def _of_timm(model: nn.Module) -> dict:
     size = tuple(size or stated["input_size"][1:])
     return {
         "size": size,
-        "mean": tuple(stated["mean"]),
-        "std": tuple(stated["std"]),
-        "interpolation": stated["interpolation"],
-        "shorter": int(min(size) / stated["crop_pct"]),
+        "mean": tuple(stated.get("mean", MEAN)),
+        "std": tuple(stated.get("std", STD)),
+        "interpolation": stated.get("interpolation") or IMAGENET.interpolation,
+        "shorter": int(min(size) / stated.get("crop_pct", 0.875)),
     }
 
 
@@ -801,9 +835,12 @@ def _of_hugging_face(model: nn.Module) -> dict:
 
 
 def _channels(model: nn.Module) -> int:
-    """How many channels a network's first convolution takes; 0 where it has none."""
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    return next((m.in_channels for m in convolutions), 0)
+    """How many channels a network's first convolution takes; 3 where that is no number for a
+    picture and another takes 3, as modules need not be in the order of the pass; 0 where it has
+    none.
+    """
+    takes = [m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return 3 if 3 in takes and takes[0] != 1 else (takes or [0])[0]
 
 
 def channel_values(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -834,7 +871,8 @@ def preprocess(images: Image.Image | Sequence[Image.Image], size: Size = 224) ->
         raise ValueError(
             f"The network takes {channels} channels, and a picture has 3, or 1 in grey. Give "
             f"`cc.explain` a preprocessed tensor ({channels}, H, W), or wrap the network in a "
-            "module that makes its input of three channels."
+            "module that makes its input of three channels and has attributes mean and std of "
+            "three numbers."
         )
     mode = "L" if channels == 1 else "RGB"
     pixels = np.stack([np.asarray(as_input(image.convert(mode), how)) for image in images])

@@ -45,6 +45,7 @@ TEMPLATE = Path(__file__).with_name("explain_template.html")
 GENERATOR = "hybrid-grad-layercam explain"  # by this index.html is known as ours
 KINDS = ("original", "overlay", "heatmap", "edges", "grayscale")  # of `figures.save_pictures`
 MOST = 5  # classes that are printed, labels that are explained unasked
+MOST_NAMES = 12  # classes that a message lists
 FUNCTION = r".*\.py:\w+"  # a target that is FILE.py:function
 LONGEST = 100  # bytes of a photograph's name in the names of its files
 
@@ -97,6 +98,9 @@ def photographs(words: Sequence[str], out: Path) -> tuple[list[Path], list[str]]
     wrong = []
     for word in words:
         place = Path(os.path.abspath(parameters.located(word)))
+        if not place.exists():
+            wrong.append(f"there is no file {place}.")
+            continue
         if not place.is_dir():
             files[place] = None
             continue
@@ -205,7 +209,20 @@ def targets_of(text: str, class_names: Sequence[str]) -> list:
     try:
         return list(dict.fromkeys(cc.asked_classes(text, class_names)))
     except ValueError as error:
-        raise ValueError(str(error).replace("targets:", "target:", 1)) from None
+        message = str(error).replace("targets:", "target:", 1)
+        known = {name.lower() for name in class_names}
+        unknown = [word for word in asked if word not in known and not word.isdecimal()]
+        raise ValueError(f"{message}{classes_with(unknown, class_names)}") from None
+
+
+def classes_with(words: Sequence[str], class_names: Sequence[str]) -> str:
+    """For an error message: the classes whose names hold one of the words, as "tiger cat" holds
+    "cat".
+    """
+    sought = set(words)
+    held = [name for name in class_names if sought & set(re.split(r"\W+", name.lower()))]
+    more = ", ..." if len(held) > MOST_NAMES else ""
+    return f". With it in the name: {', '.join(held[:MOST_NAMES])}{more}" if held else ""
 
 
 def rival_of(text: str, class_names: Sequence[str]) -> int | str | None:
@@ -261,50 +278,47 @@ def network_input(asked: Asked, image):
     return x.to(first)
 
 
-def likeliest(asked: Asked, x) -> list[dict]:
+def likeliest(asked: Asked, image, found) -> list[dict]:
     """The likeliest classes, at most five, as {index, name, probability}; {index, name, value} for
     a network whose output is no probability. Empty where its output has no such form, which only a
-    target function can read.
+    target function can read. found: an explanation of the photograph.
     """
+    what, row = "probability", found.probabilities
+    if row is None:
+        what, row = "value", values_of(asked, image)
+    names = asked.info["class_names"]
+    order = (-row).argsort(kind="stable")[:MOST].tolist()
+    return [{"index": k, "name": names[k], what: float(row[k])} for k in order]
+
+
+def values_of(asked: Asked, image):
+    """What a network without probabilities hands out for a photograph, (classes,)."""
+    import numpy as np
     import torch
 
     import cam_core as cc
 
-    head = cc.heads.HEADS[asked.info["head"]]
     with torch.no_grad():
-        output = asked.model(x.clone())  # a first layer may work in place
-        try:
-            logits = cc.heads.logits_of(output, 1).float()
-        except ValueError:
-            return []
-        what = "probability" if head.probabilities else "value"
-        row = head.probabilities(logits)[0] if head.probabilities else head.scores(logits)[0]
-    values, indices = row.topk(min(MOST, len(row)))
-    names = asked.info["class_names"]
-    pairs = zip(indices.tolist(), values.tolist(), strict=True)
-    return [{"index": k, "name": names[k], what: value} for k, value in pairs]
-
-
-def targets_for(asked: Asked, top: Sequence[Mapping]) -> list:
-    """What is explained on a photograph: what was asked for; else of several labels those that are
-    likelier than not; else the predicted class.
-    """
-    if asked.targets:
-        return asked.targets
-    if asked.info["head"].startswith("sigmoid"):
-        positive = [entry["index"] for entry in top if entry["probability"] > 0.5]
-        return positive or [top[0]["index"]]
-    return [None]
+        output = asked.model(network_input(asked, image))
+    try:
+        return cc.heads.logits_of(output, 1).float()[0].cpu().numpy()
+    except ValueError:
+        return np.zeros(0)
 
 
 def explain_photograph(file: Path, asked: Asked) -> tuple[object, list[dict], list]:
-    """(the photograph, its likeliest classes, an explanation of each target)"""
+    """(the photograph, its likeliest classes, an explanation of each target): what was asked for;
+    else of several labels those that are likelier than not; else the predicted class.
+    """
     import cam_core as cc
 
     image = cc.datasets.read_image(file)
-    x = network_input(asked, image)
-    top = likeliest(asked, x)
-    found = [explained(asked, x, target) for target in targets_for(asked, top)]
+    first, *others = asked.targets or [None]
+    found = [explained(asked, image, first)]
+    top = likeliest(asked, image, found[0])
+    if not asked.targets and asked.info["head"].startswith("sigmoid"):
+        others = [entry["index"] for entry in top[1:] if entry["probability"] > 0.5]
+    found += [explained(asked, image, target) for target in others]
     return image, top, found
 
 
@@ -581,8 +595,10 @@ def main(words: Sequence[str] | None = None) -> None:
             out.mkdir(parents=True, exist_ok=True)
             write_page(out)
             print(asked.about, flush=True)
-            wrong += explain_all(files, asked, out)
-            print(f"\nLook at {out / 'index.html'}", flush=True)
+            failed = explain_all(files, asked, out)
+            wrong += failed
+            if len(failed) < len(files):
+                print(f"\nLook at {out / 'index.html'}", flush=True)
         elif not wrong:
             refuse(f"there is no photograph in {', '.join(args.photographs)}.")
     except BrokenPipeError:  # nobody reads on, as with `| head`

@@ -309,6 +309,20 @@ def test_one_bad_photograph_never_stops_the_others(run, out, tmp_path, capsys):
     assert "3 of what was named could not be explained" in said
 
 
+def test_where_there_is_no_photograph_no_network_is_loaded(run, out, tmp_path, capsys):
+    (tmp_path / "broken.pth").write_bytes(b"no network")
+    assert run(tmp_path / "nowhere.png", "-p", "weights", tmp_path / "broken.pth") == 1
+    said = capsys.readouterr()
+    assert f"there is no file {tmp_path / 'nowhere.png'}" in said.err
+    assert said.out == "" and not out.exists()
+
+
+def test_where_nothing_was_explained_no_page_is_pointed_at(run, out, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    assert run(tmp_path / "bad.jpg") == 1
+    assert "Look at" not in capsys.readouterr().out
+
+
 def test_a_photograph_named_twice_is_explained_once(run, out, tmp_path, capsys):
     file = photograph(tmp_path / "photos/a.png")
     assert run(file, file.parent, file.parent / ".." / "photos" / "a.png") == 0
@@ -385,6 +399,12 @@ def test_what_cannot_be_is_refused_before_the_first_photograph(
     message = capsys.readouterr().err
     assert message.startswith("run_all.sh: ") and said in message
     assert len(message.splitlines()) == 1 and not out.exists()
+
+
+def test_classes_with_the_word_in_their_name_are_named(run, tmp_path, capsys):
+    words = [photograph(tmp_path / "a.png"), "-p", "target", "Cat"]
+    assert run(*words, classes="tiger cat,cattle,Egyptian cat,dog") == 2
+    assert capsys.readouterr().err.endswith("With it in the name: tiger cat, Egyptian cat\n")
 
 
 def test_a_target_function_that_fails_is_named(run, nets, out, tmp_path, capsys):
@@ -474,6 +494,8 @@ def test_the_page_links_files_that_are_there_and_holds_no_markup_of_names(page, 
     assert len(links) == len(HOSTILE) * (2 + 2 * (8 + 2))
     for link in links:
         assert "/" not in link and (out / unquote(link)).is_file()
+    assert 'loading="lazy"' not in text.split("<h2")[1]  # the latest photograph is shown at once
+    assert text.count('loading="lazy"') == (len(HOSTILE) - 1) * (1 + 2 * 4)
     assert "<script" not in text and "<img src=x" not in text
     assert "&lt;script&gt;" in text and "default-src &#39;none&#39;" in text
 

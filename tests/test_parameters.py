@@ -163,7 +163,7 @@ def test_a_value_that_is_not_allowed_is_refused_with_what_is(capsys, name, given
         ("n_images", "many", "Allowed: a whole number, 0 or more."),
         ("classes", None, 'Allowed: names or numbers, "a,b,c" or a list [a, b, c].'),
         ("baseline", "grey", "twin, rise, zero, black, joined by commas or as a list."),
-        ("layer", ["a", "b"], "Allowed: one text."),
+        ("data_dir", ["a", "b"], "Allowed: one text."),
         ("classes", ["a", False], "YAML takes yes and no for true and false: put them into quotes"),
     ],
 )
