@@ -140,8 +140,10 @@ def capture(
     if len(x) > 1 and not _independent(model, x):
         return _one_by_one(model, x, names, target, head)
     outputs: dict[str, Tensor] = {}
-    with _borrowed(model, {name: _keep(name, x, outputs) for name in names}):
+    passed: list[bool] = []
+    with _borrowed(model, {name: _keep(name, x, outputs, passed) for name in names}):
         output = _forward(model, x.detach().clone())  # a copy: a first layer may work in place
+        passed.append(True)
         logits, target, scores, head = _scored(model, output, x, target, head)
         # images do not mix, so one backward pass of the sum serves the whole batch
         gradients = _gradients(model, scores.sum(), names, outputs)
@@ -176,10 +178,11 @@ def _scored(
     scores = heads.HEADS[head].scores(logits)
     chosen = _targets(target, scores, head)
     scores = scores.gather(1, chosen[:, None])[:, 0]
-    if head == "softmax_inside" and bool((scores.detach() == 0).any()):
+    least = torch.finfo(scores.dtype).tiny
+    if head == "softmax_inside" and bool((scores.detach() > -least).any()):
         raise ValueError(
-            "The target's probability is exactly 1 and all others are 0 in this precision, so no "
-            "gradient is left. Let the network return the logits in front of its softmax."
+            "The target's probability is 1 and all others are 0 in this precision, so no gradient "
+            "is left. Let the network return the logits in front of its softmax."
         )
     return logits, chosen, scores, head
 
@@ -220,7 +223,7 @@ def _called_any(target: Callable, output, x: Tensor) -> Tensor:
     except Exception as error:  # the user's own code
         got = ", ".join(f"{name} {tuple(t.shape)}" for name, t in heads.tensors_in(output))
         raise ValueError(
-            f"target: the function failed on the network's output ({type(error).__name__}: "
+            f"target: the function fails on this network's output ({type(error).__name__}: "
             f"{networks.shortened(error)}). The output is a {type(output).__name__}"
             f"{f': {got}' if got else ''}."
         ) from error
@@ -348,12 +351,17 @@ def _check_request(model: nn.Module, x: Tensor, layers: str | Sequence[str]) -> 
     return list(dict.fromkeys(names))
 
 
-def _keep(name: str, x: Tensor, outputs: dict[str, Tensor]) -> Callable:
+def _keep(
+    name: str, x: Tensor, outputs: dict[str, Tensor], passed: Sequence[bool] = ()
+) -> Callable:
     """A forward hook that puts the layer's output into `outputs`, as the leaf of the graph if it is
-    the first one, and hands on a clone, which later in-place operations may change.
+    the first one, and hands on a clone, which later in-place operations may change. passed: not
+    empty once the pass is over.
     """
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if passed:  # a checkpointed network computes it again, for its backward pass
+            return output.detach().requires_grad_().clone()
         if name in outputs:
             raise ValueError(
                 f"layer={name!r} runs more than once in a pass, so its map is ambiguous. Choose "
@@ -379,7 +387,10 @@ def _why_not(model: nn.Module) -> str:
     """What to do where a score depends on none of a layer."""
     if any("quantized" in type(m).__module__ for m in model.modules()):
         return networks.QUANTISED
-    return "Choose a layer on the way to the logits."
+    return (
+        "Choose a layer on the way to the logits. If it is on it: is there torch.no_grad, "
+        "torch.inference_mode or .detach() in the network's forward?"
+    )
 
 
 def _gradients(
@@ -493,7 +504,7 @@ def _channels_last(
     unsure = [name for name in new if not _surely_first(model, name)]
     known |= {(name, shape): False for name in new if name not in unsure}
     if unsure and not noted:
-        _note_layouts(model, x, _probe(model, x)[0])
+        _note_layouts(model, x[:1], _probe(model, x)[0])
         unsure = [name for name in unsure if (name, shape) not in known]
     if unsure:
         known |= {(name, shape): last for name, last in _probe_layouts(model, x, unsure).items()}
@@ -561,7 +572,7 @@ def _probe_layouts(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[st
         moves = [(o[name] - seen[0][name]).abs().float()[0] for o in seen[1:]]
         if moves[0].ndim == 2:
             as_first, as_last = (
-                [_maps(move[None], x, last)[0] for move in moves] for last in (False, True)
+                [_maps(move[None], x[:1], last)[0] for move in moves] for last in (False, True)
             )
             found[name] = _along(as_last) >= _along(as_first)
             continue
@@ -677,7 +688,7 @@ def _is_random(model: nn.Module, image: Tensor) -> bool:
 
 
 def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not a.is_floating_point():
+    if a.shape != b.shape or not a.numel() or not (a.is_floating_point() or a.is_complex()):
         return a.shape == b.shape and bool((a == b).all())
     scale = torch.maximum(a.abs().amax(), b.abs().amax())
     difference = (a - b).abs().amax()
@@ -1005,7 +1016,10 @@ def input_gradient(
         tensors["gradients of the input"] = gradient
     _check_finite(x, tensors)
     if gradient is None:
-        raise ValueError("The target's score does not depend on the input.")
+        raise ValueError(
+            "The target's score does not depend on the input. Is there torch.no_grad, "
+            "torch.inference_mode or .detach() in the network's forward?"
+        )
     return gradient.detach().float()
 
 
@@ -1480,15 +1494,17 @@ def _maker(node: Node) -> Node:
 def _has_channels_last(node: Node, tokens: bool = False) -> bool | None:
     """Whether what an operation made is (B, h, w, C), from the nearest operation in front of it
     that tells: convolutions have channels first, linear maps last. None where none tells. tokens:
-    whether it is (B, n, C); there a linear map may mix positions, as in an MLP-Mixer.
+    whether it is (B, n, C); there a linear map may mix positions, as in an MLP-Mixer, so what is
+    in front of it tells.
     """
+    if tokens:
+        return _has_tokens_last(node)
     ahead = [node]
     seen = set()
     for node in ahead:
         if _is(node, "Convolution|BatchNorm|GroupNorm|Pool|Upsample"):
             return False
-        linear = _is(node, "^(Addmm|Mm|Bmm|Linear)B") and len(_sources(node)) == 1
-        by_weights = linear and not tokens
+        by_weights = _is(node, "^(Addmm|Mm|Bmm|Linear)B") and len(_sources(node)) == 1
         if by_weights or _is(node, "LayerNorm"):
             return True
         if _is(node, "Permute"):
@@ -1497,6 +1513,41 @@ def _has_channels_last(node: Node, tokens: bool = False) -> bool | None:
             seen.add(node)
             ahead.extend(_sources(node))
     return None
+
+
+def _has_tokens_last(node: Node) -> bool | None:
+    """Whether what an operation made is (B, n, C), rather than (B, C, n); None where none tells."""
+    ahead = [(node, False)]  # and whether positions and channels changed places behind it
+    seen = set()
+    for node, swapped in ahead:
+        if _is(node, "Convolution|BatchNorm|GroupNorm|Pool|Upsample"):
+            return swapped
+        if _is(node, "LayerNorm"):
+            return not swapped
+        if node in seen or _is(node, "^TB|Bmm|Attention"):
+            continue
+        seen.add(node)
+        if _is(node, "Permute"):
+            order = tuple(node._saved_dims)
+            if order in ((0, 3, 1, 2), (0, 2, 3, 1)):
+                return (order == (0, 2, 3, 1)) != swapped
+            moved = order == (0, 2, 1)
+        else:
+            moved = _is(node, "Transpose")
+            if moved and {_signed(node._saved_dim0), _signed(node._saved_dim1)} not in SWAPS:
+                continue
+        if _is(node, "Permute") and not moved:
+            continue
+        ahead.extend((source, swapped != moved) for source in _sources(node))
+    return None
+
+
+SWAPS = ({1, 2}, {-1, -2}, {1, -1}, {2, -2})  # of positions and channels in three dimensions
+
+
+def _signed(dim: int) -> int:
+    """A dimension as autograd keeps it, unsigned, with its sign."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 class _Graph:
@@ -1857,7 +1908,8 @@ def _no_layer(model: nn.Module, x: Tensor) -> str:
         )
     return (
         f"{name} has no layer with a spatial output before its classifier that runs once. Put a "
-        "module of its own there, such as self.maps = nn.Identity() and x = self.maps(x)."
+        "module of its own there, such as self.maps = nn.Identity() and x = self.maps(x), and "
+        "name it with layer=."
     )
 
 
@@ -2006,7 +2058,8 @@ def _against(model: nn.Module, target, rival: int | str, gamma: float, head: str
         )
     said = getattr(model, "output_head", None)
     head = head or (said if isinstance(said, str) else None)
-    return finer_target(target, None if rival == "auto" else rival, gamma, head)
+    score = finer_target(target, None if rival == "auto" else rival, gamma, head)
+    return lambda output: score(heads.logits_of(output, 1))
 
 
 def _classes_of(
@@ -2276,8 +2329,9 @@ def _known_head(model: nn.Module, x: Tensor) -> str:
             try:  # with gradients, so that autograd's graph shows the last operation
                 output = _forward(model, image.clone().requires_grad_().clone())
             except Exception:  # a network that cannot be differentiated is scored all the same
+                image = image if _takes(model, image) else x[:8].detach().to(device).clone()
                 output = _forward(model, image)
-        _FOUND_HEADS[model] = _head_of(model, heads.logits_of(output, 1), None)
+        _FOUND_HEADS[model] = _head_of(model, heads.logits_of(output, len(image)), None)
     return _FOUND_HEADS[model]
 
 
@@ -3217,16 +3271,17 @@ def rows_to_choose_on(run: runs.Run) -> tuple[pd.DataFrame, bool]:
     n_images.
 
     They are `measurable` ones of the validation split. Without such a split, and with fewer than 40
-    images, they come from the whole set and are too few to choose on: False. Prints what was left
-    out. Raises ValueError when no image is left.
+    images, nothing is chosen on them: False. Then four images of the whole set at most are enough
+    to look at. Prints what was left out. Raises ValueError when no image is left.
     """
     s = run.settings
     validation = datasets.split_rows(run.frame, "val")
     chosen_here = not validation.empty
+    half = (s.n_images + 1) // 2
     rows, left_out = measurable(
         run.model,
         validation if chosen_here else datasets.to_look_at(run.frame),
-        n=(s.n_images + 1) // 2,
+        n=half if chosen_here else min(half or 4, 4),
         seed=s.seed,
         batch_size=s.batch_size,
         precision=s.precision,
