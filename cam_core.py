@@ -38,7 +38,6 @@ import math
 import operator
 import re
 import time
-import traceback
 import warnings
 import zlib
 from collections import Counter
@@ -503,6 +502,10 @@ def _channels_last(
     new = [name for name in unclear if (name, shape) not in known]
     unsure = [name for name in new if not _surely_first(model, name)]
     known |= {(name, shape): False for name in new if name not in unsure}
+    norms = {name for name in unsure if isinstance(model.get_submodule(name), nn.LayerNorm)}
+    norms = {name for name in norms if outputs[name].ndim == 3}  # it norms a token's channels
+    known |= {(name, shape): True for name in norms}
+    unsure = [name for name in unsure if name not in norms]
     if unsure and not noted:
         _note_layouts(model, x[:1], _probe(model, x)[0])
         unsure = [name for name in unsure if (name, shape) not in known]
@@ -1524,7 +1527,8 @@ def _has_tokens_last(node: Node) -> bool | None:
             return swapped
         if _is(node, "LayerNorm"):
             return not swapped
-        if node in seen or _is(node, "^TB|Bmm|Attention"):
+        mixes = _is(node, "Attention") or (_is(node, "Bmm") and len(_sources(node)) > 1)
+        if node in seen or mixes or _is(node, "^TB"):
             continue
         seen.add(node)
         if _is(node, "Permute"):
@@ -2714,6 +2718,13 @@ def faithfulness(
     }
 
 
+def steps_of(steps: int, x: Tensor, block: int) -> int:
+    """As many steps as were asked for, or in blocks of block x block pixels as there are blocks."""
+    if not block:
+        return steps
+    return min(steps, math.ceil(x.shape[2] / block) * math.ceil(x.shape[3] / block))
+
+
 def confidence_change(
     model: nn.Module,
     x: Tensor,
@@ -3357,6 +3368,7 @@ def measure_cells(
     start, end = baselines(x, baseline, twin, networks.as_preprocessing(size))
     target = torch.tensor(rows["target"].tolist(), device=device)
     ids = list(rows["id"])
+    steps = steps_of(steps, x, block)
     curves = faithfulness(
         model, x, maps, target, ids, start, end, seed, steps, batch_size, precision, block=block
     )
@@ -3958,8 +3970,7 @@ def perturb(
     """
     ending = "_blocks" if block else "_fine" if steps else ""
     steps = steps or study.steps
-    if block:
-        steps = min(steps, math.ceil(x.shape[2] / block) * math.ceil(x.shape[3] / block))
+    steps = steps_of(steps, x, block)
     twins = None
     if baseline == "twin":
         twins = datasets.load_batch(part, "twin", study.how).to(study.device)

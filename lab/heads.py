@@ -182,22 +182,30 @@ def logits_of(output, batch: int | None = None) -> Tensor:
         called_so = "logits" in re.split(r"[.\[\]]+", name)
         if batch == 1 and (called_so or value is output) and _is_squeezed(value):
             return value.reshape(1, -1)
+        if value is output and value.shape[:2] == (batch, 1) and value.ndim == 3:  # (B, 1, K)
+            value = value[:, 0]
+            if _as_rows(value, batch) is not None:
+                return value
         if called_so and _as_rows(value, batch) is not None:
             return _as_rows(value, batch)
     fitting = [(name, value) for name, value in named if _as_rows(value, batch) is not None]
     matrices = [(name, value) for name, value in fitting if value.ndim > 1] or fitting
+    squeezed = [value for _, value in named if value.ndim == 1 and _is_squeezed(value)]
+    if not matrices and batch == 1 and len(squeezed) == 1:
+        return squeezed[0][None]
     if not matrices:
         raise ValueError(_no_logits(output, named, batch))
     rows = [_as_rows(value, batch) for _, value in matrices]
-    if len({r.shape[1] for r in rows}) > 1:
+    # of one width they say the same in two ways, as two heads do; of width 1 they may be classes
+    if len(rows) > 1 and (len({r.shape[1] for r in rows}) > 1 or rows[0].shape[1] == 1):
         _warn_of_several(tuple(f"{name} {tuple(value.shape)}" for name, value in matrices))
     return rows[0]
 
 
 def _warn_of_several(seen: tuple[str, ...]) -> None:
     warnings.warn(
-        f"The network hands out several (B, K): {', '.join(seen)}. The first is explained; give a "
-        "target function, such as `lambda output: output[1][:, 0]`, for another.",
+        f"The network hands out several (B, K) or (B,): {', '.join(seen)}. The first is explained; "
+        "give a target function, such as `lambda output: output[1][:, 0]`, for another.",
         stacklevel=4,
     )
 

@@ -782,9 +782,12 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         ("Hugging Face's", _of_hugging_face(model)),
     ):
         new = {name: value for name, value in stated.items() if name not in found}
+        found |= new
         if new:
-            found |= new
-            sources.append(source)
+            what = "" if {"size", "mean"} <= set(new) else f"{' and '.join(new)} "
+            sources.append(f"{what}{source}")
+    if not {"size", "mean"} <= set(found):
+        sources.append(f"{'the rest ' if sources else ''}ImageNet's")
     own = _of_attributes(model)
     lists = [own[name] for name in ("mean", "std") if _is_list(own.get(name))]
     # its own word goes before its first convolution, which a wrapper may feed as it likes
@@ -795,7 +798,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
             average = float(np.mean(value))
             found[name] = (average if len(np.atleast_1d(value)) == 1 else round(average, 3),)
             found[name] *= channels
-    return _checked_preprocessing(replace(IMAGENET, **found, source=(sources or ["ImageNet's"])[0]))
+    return _checked_preprocessing(replace(IMAGENET, **found, source=", ".join(sources)))
 
 
 def _of_attributes(model: nn.Module) -> dict:

@@ -182,8 +182,11 @@ def about_network(info: Mapping, device) -> str:
     """What a run says of its network: weights, classes, input and head."""
     how = info["preprocessing"]
     height, width = how.size
+    weights = info["weights"]
+    if weights == "its own":
+        weights = "weights as its code makes them, no file"
     return (
-        f"{info['arch']} ({info['weights']}) on {device}, {len(info['class_names'])} classes. "
+        f"{info['arch']} ({weights}) on {device}, {len(info['class_names'])} classes. "
         f"Input: {height} x {width} pixels, {how.fit}, {how.interpolation}, mean "
         f"{[round(v, 3) for v in how.mean]}, std {[round(v, 3) for v in how.std]} ({how.source}). "
         f"Head: {info['head']}, {heads.HEADS[info['head']].about} ({info['head_source']})."

@@ -222,7 +222,7 @@ def classes_with(words: Sequence[str], class_names: Sequence[str]) -> str:
     sought = set(words)
     held = [name for name in class_names if sought & set(re.split(r"\W+", name.lower()))]
     more = ", ..." if len(held) > MOST_NAMES else ""
-    return f". With it in the name: {', '.join(held[:MOST_NAMES])}{more}" if held else ""
+    return f"; with it in the name: {', '.join(held[:MOST_NAMES])}{more}" if held else ""
 
 
 def rival_of(text: str, class_names: Sequence[str]) -> int | str | None:

@@ -146,12 +146,15 @@ def check_given(given: Mapping[str, Given], chosen: Sequence[str]) -> dict[str, 
     """{name: value} of all that was given; ends the run for an unknown name, a value that is not
     allowed, and a name of the command line that none of the chosen notebooks reads.
     """
-    values = {name: value_of(name, about) for name, about in given.items()}
     numbers = {number_of(stem) for stem in chosen}
     for name, about in given.items():
-        if about.source == "-p" and not numbers & set(readers(name)):
-            refuse(f"-p: {name} would have no effect, none of these reads it: {', '.join(chosen)}.")
-    return values
+        known = name in settings.declared()
+        if known and about.source == "-p" and not numbers & set(readers(name)):
+            refuse(
+                f"-p: {name} would have no effect, none of these reads it: {', '.join(chosen)}. "
+                "docs/parameters.md says who reads what."
+            )
+    return {name: value_of(name, about) for name, about in given.items()}
 
 
 def parameters_of(stem: str, values: Mapping[str, object]) -> dict[str, object]:

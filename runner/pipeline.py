@@ -528,7 +528,12 @@ def parse_arguments() -> argparse.Namespace:
     part.add_argument("--from", dest="start", metavar="NN", help=texts["--from"])
     part.add_argument("--check", action="store_true", help=texts["--check"])
     parser.add_argument("--results-dir", metavar="DIR", help=texts["--results-dir"])
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        parser.error(
+            f"{' '.join(unknown)} is not understood. Settings are given as -p NAME VALUE; "
+            "photographs are explained by ./run_all.sh explain PHOTO."
+        )
     if args.results_dir is not None:
         args.p.append(("results_dir", args.results_dir))
     return args

@@ -62,7 +62,7 @@ set_up() {
         [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ] && continue
         echo "Installing $file into $(dirname "$stamp") (once; a few minutes)" >&2
         "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >&2
-        "$python" -m pip install --disable-pip-version-check -r "$file" >&2
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$file" >&2
         echo "$hash" > "$stamp"
     done
 }

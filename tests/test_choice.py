@@ -226,6 +226,15 @@ def small_run(folder):
 SMALL = [cc.Cell("6 × 2", rule, alpha) for rule in cc.FUSIONS for alpha in (0.0, 0.5, 1.0)]
 
 
+def test_an_image_of_few_blocks_has_as_many_steps(rows):
+    """32 x 32 pixels are four blocks of 16 x 16, so 28 steps by blocks are four."""
+    model, cell = nets.strong(), [cc.Cell("6 × 2", "mean", 0.5)]
+    asked, most = (
+        cc.measure_cells(model, rows, cell, 32, "zero", steps=steps, block=16) for steps in (28, 4)
+    )
+    assert asked == most
+
+
 def test_a_cell_is_the_area_under_the_curves_of_its_map(rows):
     """Against the parts it is made of, for one cell; and the ends are the same for every rule."""
     model, cell = nets.strong(), cc.Cell("6 × 2", "mean", 0.5)

@@ -404,7 +404,7 @@ def test_what_cannot_be_is_refused_before_the_first_photograph(
 def test_classes_with_the_word_in_their_name_are_named(run, tmp_path, capsys):
     words = [photograph(tmp_path / "a.png"), "-p", "target", "Cat"]
     assert run(*words, classes="tiger cat,cattle,Egyptian cat,dog") == 2
-    assert capsys.readouterr().err.endswith("With it in the name: tiger cat, Egyptian cat\n")
+    assert capsys.readouterr().err.endswith("; with it in the name: tiger cat, Egyptian cat\n")
 
 
 def test_a_target_function_that_fails_is_named(run, nets, out, tmp_path, capsys):

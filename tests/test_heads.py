@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import namedtuple
+from collections import deque, namedtuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,10 +142,103 @@ def test_a_sigmoid_inside_explains_log_odds(outputs, target, column, sign):
     assert np.allclose(captured.probabilities.numpy(), p, atol=1e-6)
 
 
-def test_a_probability_of_exactly_one_is_refused_where_its_log_odds_are_infinite():
-    net = Net(4, lambda y, maps: (1000 * y).sigmoid())
-    with pytest.raises(ValueError, match="scores contain NaN or infinity"):
+@pytest.mark.parametrize(
+    "hand_out",
+    [
+        lambda y, maps: y.sigmoid().clamp(1e-6, 1 - 1e-6),
+        lambda y, maps: 1 / (1 + torch.exp(-y)),
+        lambda y, maps: torch.cat([y[:, :1].sigmoid(), y[:, 1:].sigmoid()], 1),
+        lambda y, maps: y.sigmoid()[:, :, None, None],
+    ],
+)
+def test_a_sigmoid_is_seen_behind_what_only_hands_it_on(hand_out):
+    net = Net(4, hand_out)
+    captured = cc.capture(net, X, "body", 2)
+    expected, y = gradient(net, lambda y: y[:, 2])
+    assert same_gradient(captured, expected)
+    assert np.allclose(captured.probabilities.numpy(), sigmoid(y), atol=1e-6)
+    assert np.allclose(cc.probabilities(net, X).numpy(), sigmoid(y), atol=1e-6)
+
+
+def test_a_softmax_over_groups_of_outputs():
+    """Two questions of two classes each: the log-odds of a class are the difference to its rival's
+    logit.
+    """
+    net = Net(4, lambda y, maps: y.view(-1, 2, 2).softmax(2).flatten(1))
+    captured = cc.capture(net, X, "body", 2)
+    expected, y = gradient(net, lambda y: y[:, 2] - y[:, 3])
+    assert same_gradient(captured, expected)
+    assert np.allclose(captured.probabilities[:, 2:].numpy(), softmax(y[:, 2:]), atol=1e-6)
+    one = Net(2, lambda y, maps: y.softmax(1)[:, 1])
+    captured = cc.capture(one, X, "body", 1)
+    expected, y = gradient(one, lambda y: y[:, 1] - y[:, 0])
+    assert same_gradient(captured, expected)
+    assert np.allclose(captured.probabilities.numpy(), softmax(y), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "outputs, hand_out, message",
+    [
+        (1, lambda y, maps: y.softmax(1), "softmax over one output.*return the logit"),
+        (4, lambda y, maps: y.sigmoid().log(), None),
+        (4, lambda y, maps: torch.nn.functional.logsigmoid(y), "log-sigmoid.*return the logits"),
+    ],
+)
+def test_a_last_operation_without_a_head_is_refused(outputs, hand_out, message):
+    net = Net(outputs, hand_out)
+    if message is None:  # a logarithm says nothing: taken for logits
+        assert cc.capture(net, X, "body", 0).probabilities.shape == (3, 4)
+        return
+    with pytest.raises(ValueError, match=message):
         cc.capture(net, X, "body")
+    assert cc.capture(net, X, "body", 0, head="none").probabilities is None
+
+
+def test_values_between_0_and_1_are_taken_for_logits_with_a_word():
+    with pytest.warns(UserWarning, match="All 12 outputs lie in .0, 1.*sigmoid_inside"):
+        cc.capture(Net(4, lambda y, maps: (torch.tanh(y / 2) + 1) / 2), X, "body", 2)
+
+
+@pytest.mark.parametrize("factor", [60, 1000])
+def test_a_probability_that_rounds_to_one_has_its_map(factor):
+    """d log p / d y = 1 - p comes from the other classes, where 1 - p rounds to 0."""
+    net = Net(4, lambda y, maps: (factor * y).softmax(1))
+    captured = cc.capture(net, X[:2], "body")
+    maps = net.body(X[:2]).detach().double().requires_grad_()
+    y = factor * net.double().fc(maps.mean((2, 3)))
+    score = y.log_softmax(1).gather(1, captured.target[:, None]).sum()
+    expected = torch.autograd.grad(score, maps)[0]
+    for found, right in zip(captured.gradients["body"], expected, strict=True):
+        scale = right.abs().max()
+        assert torch.allclose(found.double() / scale, right / scale, 0, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "hand_out",
+    [lambda y, maps: (1000 * y).sigmoid(), lambda y, maps: (1e4 * y).softmax(1)],
+)
+def test_a_probability_of_exactly_0_or_1_is_refused_and_says_what_to_do(hand_out):
+    for target in (None, 2):
+        with pytest.raises(ValueError, match="return the logits in front of its softmax"):
+            cc.capture(Net(4, hand_out), X, "body", target)
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_wrapper_hides_neither_head_nor_size(wrapper):
+    net = Net(4)
+    net.output_head, net.image_size = "sigmoid", (16, 24)
+    expected = sigmoid(net(X).detach())
+    wrapped = wrapper(net)
+    assert np.allclose(cc.probabilities(wrapped, X).numpy(), expected, atol=1e-6)
+    grey = torch.zeros_like(X)
+    curves = cc.faithfulness(wrapped, X, {"m": X.abs()[:, 0]}, 1, ["a", "b", "c"], grey, grey)
+    assert np.allclose(curves["insertion"]["m"][:, -1].numpy(), expected[:, 1], atol=1e-6)
+    picture = Image.fromarray(np.full((20, 30, 3), 90, np.uint8))
+    with pytest.warns(UserWarning, match="is unwrapped"):
+        found = cc.explain(wrapped, picture, 1, layer="body", shallow_layer="body")
+    assert (found.head, found.cam.shape) == ("sigmoid", (16, 24))
+    _, info = cc.networks.load(wrapper(net))
+    assert (info["head"], info["size"]) == ("sigmoid", (16, 24))
 
 
 def test_values_have_maps_and_no_probabilities():
@@ -195,6 +288,19 @@ def test_loading_says_the_head_and_names_two_classes_of_one_logit():
 Pair = namedtuple("Pair", "features scores")
 
 
+class Slots:
+    __slots__ = ("features", "y")
+
+    def __init__(self, features, y):
+        self.features, self.y = features, y
+
+
+def holding_itself(y, maps):
+    output = SimpleNamespace(net=nn.Linear(3, 3), y=y)
+    output.me = output
+    return output
+
+
 @pytest.mark.parametrize(
     "hand_out",
     [
@@ -206,6 +312,10 @@ Pair = namedtuple("Pair", "features scores")
         lambda y, maps: Pair(maps, y),
         lambda y, maps: y[:, :, None, None],
         lambda y, maps: {"out": (maps, {"main": y})},
+        lambda y, maps: {"features": maps.mean((2, 3)), "logits": [y]},
+        lambda y, maps: deque([maps, y]),
+        lambda y, maps: Slots(maps, y),
+        holding_itself,
     ],
 )
 def test_the_logits_are_found_in_what_a_network_hands_out(hand_out):
@@ -215,6 +325,36 @@ def test_the_logits_are_found_in_what_a_network_hands_out(hand_out):
     assert same_gradient(captured, expected)
     assert torch.allclose(captured.logits, y)
     assert np.allclose(cc.probabilities(net, X).numpy(), softmax(y), atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_one_image_may_have_lost_its_side(outputs):
+    """`.squeeze()` in a forward: () or (K,) for one image."""
+    net = Net(outputs, lambda y, maps: y.squeeze())
+    captured = cc.capture(net, X[:1], "body", 1)
+    expected, y = gradient(net, lambda y: y[:, outputs // 4])  # the one, or the second
+    assert torch.allclose(captured.gradients["body"][0], expected[0], atol=1e-6)
+    assert torch.allclose(captured.logits, y[:1])
+    p = sigmoid(y) if outputs == 1 else softmax(y)
+    assert np.allclose(cc.probabilities(net, X[:1])[:, -1].numpy(), p[:1, -1], atol=1e-6)
+    assert np.allclose(cc.probabilities(net, X)[:, -1].numpy(), p[:, -1], atol=1e-6)
+
+
+def test_more_ways_to_write_one_output():
+    expected = Net(4)(X)
+    captured = cc.capture(Net(4, lambda y, maps: y[:, None]), X, "body", 2)
+    assert torch.allclose(captured.logits, expected)
+    captured = cc.capture(Net(4, lambda y, maps: (y.squeeze(), maps)), X[:1], "body", 2)
+    assert torch.allclose(captured.logits, expected[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "hand_out",
+    [lambda y, maps: {"cat": y[:, 0], "dog": y[:, 1]}, lambda y, maps: y.split(1, 1)],
+)
+def test_a_class_in_each_output_is_told_of(hand_out):
+    with pytest.warns(UserWarning, match="several.*first is explained"):
+        cc.capture(Net(4, hand_out), X, "body", 1)
 
 
 def test_of_several_outputs_the_first_is_taken_with_a_word():
@@ -264,11 +404,38 @@ def test_a_target_function_reads_the_output():
         (lambda y: y[:, 0].sum(), r"returned torch.float32 \(\)"),
         (lambda y: y.argmax(1), "returned torch.int64"),
         (lambda y: [1, 2, 3], "returned list"),
+        (lambda y: y["masks"], "function fails on this network's output.*Tensor: output"),
+        (lambda y: y[:, 9], r"IndexError: index 9.*output \("),
+        (lambda y: y[:, 1].detach(), "no gradient.*detach"),
     ],
 )
 def test_a_target_function_returns_one_score_per_image(function, message):
     with pytest.raises(ValueError, match=message):
         cc.capture(Net(4), X, "body", function)
+    with pytest.raises(ValueError, match="target: the function"):
+        cc.default_layers(Net(4), X, lambda y: [1.0])
+
+
+@pytest.mark.parametrize(
+    "function", [lambda y: y[:, 1] - y[:, 1].mean(), lambda y: y.softmax(0)[:, 1]]
+)
+def test_a_target_function_may_not_mix_the_images_of_a_batch(function):
+    grey = torch.zeros_like(X)
+    with pytest.raises(ValueError, match="mixes the images of a batch"):
+        cc.capture(Net(4), X, "body", function)
+    with pytest.raises(ValueError, match="mixes the images of a batch"):
+        cc.faithfulness(Net(4), X, {"m": X.abs()[:, 0]}, function, ["a", "b", "c"], grey, grey)
+
+
+@pytest.mark.parametrize("target", [1, [1, 1, 1], np.int64(1), torch.tensor(1)])
+def test_what_is_measured_takes_every_kind_of_class(target):
+    net, grey = Net(4), torch.zeros_like(X)
+    curves = cc.faithfulness(net, X, {"m": X.abs()[:, 0]}, target, ["a", "b", "c"], grey, grey)
+    expected = softmax(net(X).detach())[:, 1]
+    assert np.allclose(curves["insertion"]["m"][:, -1].numpy(), expected, atol=1e-6)
+    for wrong, message in ((9, "out of range"), (None, "give the class"), ([1, 2], "2 entries")):
+        with pytest.raises(ValueError, match=message):
+            cc.faithfulness(net, X, {"m": X.abs()[:, 0]}, wrong, ["a", "b", "c"], grey, grey)
 
 
 def test_a_target_function_in_every_place_that_takes_a_target():

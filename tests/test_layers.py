@@ -272,6 +272,27 @@ def test_no_place_without_a_word():
         cc.default_layers(model.eval(), picture(32))
 
 
+def test_a_network_of_functions_says_where_a_module_helps():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = conv(3, 3), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.fc(self.conv(self.conv(x).relu()).relu().mean((2, 3)))
+
+    with pytest.raises(ValueError, match="self.maps = nn.Identity"):
+        cc.default_layers(Twice(), picture(32))
+
+
+def test_a_classifier_of_zeros_is_told_of():
+    model = Head(*STEM, width=8).eval()
+    nn.init.zeros_(model.fc.weight)
+    with pytest.warns(UserWarning, match="Every gradient is zero"):
+        found = cc.explain(model, picture(32), 1)
+    assert not found.cam.any()
+
+
 def test_one_forward_pass_finds_them():
     model, passes = nets.resnet18(), []
     handle = model.register_forward_hook(lambda *_: passes.append(1))

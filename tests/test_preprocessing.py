@@ -226,7 +226,96 @@ def test_what_is_cropped_away_is_gone_from_picture_mask_and_boxes(tmp_path):
     assert cc.datasets.load_boxes(frame, how) == [[[0, 0, 5, 10]]]
 
 
+def test_mean_and_std_may_be_numbers_and_arrays(picture):
+    """(x - 0.5) / 0.25 and x itself, in as many channels as the network takes."""
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        squashed = picture.convert(mode).resize((16, 16), Image.Resampling.BICUBIC)
+        pixels = np.asarray(squashed, np.float32).reshape(16, 16, channels)
+        for mean, std in ((0.5, 0.25), (0, 1), (np.full(channels, 0.5), np.full(channels, 0.25))):
+            net = Net(channels=channels)
+            net.image_size, net.mean, net.std = 16, mean, std
+            x = networks.preprocess(picture, networks.preprocessing_of(net))
+            expected = (pixels / 255 - mean) / std
+            assert np.allclose(x[0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    net = Net(channels=1)
+    net.mean = 0.5
+    assert networks.preprocessing_of(net).mean == (0.5,)
+
+
+class FromThree(nn.Module):
+    """A network of five channels that makes them of three."""
+
+    image_size = 16
+    mean = std = (0.5, 0.5, 0.5)
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net(channels=5)
+
+    def forward(self, x):
+        return self.net(torch.cat([x, x[:, :2]], 1))
+
+
+def test_the_way_out_for_five_channels_works(picture):
+    with pytest.raises(ValueError, match="makes its input of three channels and has .* mean"):
+        cc.explain(Net(channels=5), picture)
+    net = FromThree()
+    found = cc.explain(net, picture, 1, layer="net.body", shallow_layer="net.body")
+    pixels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), np.float32)
+    x = torch.from_numpy(pixels / 255).permute(2, 0, 1)[None] * 2 - 1
+    assert found.score == pytest.approx(float(net(x)[0, 1].detach()), abs=1e-5)
+
+
+def test_modules_need_not_be_in_the_order_of_the_pass(picture):
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Conv2d(8, 4, 1), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x).relu()).mean((2, 3))
+
+    assert len(networks.preprocessing_of(Reversed()).mean) == 3
+
+
+def test_a_part_of_timms_entries_will_do():
+    net = Net()
+    net.pretrained_cfg = {"input_size": (3, 32, 48)}
+    how = networks.preprocessing_of(net)
+    assert (how.size, how.mean) == ((32, 48), networks.MEAN)
+
+
 # ---- networks that do not take a batch of images
+
+
+class Functional(nn.Module):
+    """All its weights are parameters, so torch's complaints come from its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.randn(4, 8))
+        self.maps = nn.Identity()
+
+    def forward(self, x):
+        if x.shape[2] == 17:
+            raise RuntimeError("17 is my own affair")
+        return self.maps(nn.functional.conv2d(x, self.w).relu()).mean((2, 3)) @ self.v.T
+
+
+def test_a_networks_own_complaint_is_told_from_torchs():
+    for x in (torch.zeros(2, 2, 16, 16), torch.zeros(2, 3, 16, 16).double()):
+        with pytest.raises(ValueError, match="does not fit this Functional"):
+            cc.capture(Functional(), x, "maps", 1)
+    with pytest.raises(RuntimeError, match="my own affair"):
+        cc.capture(Functional(), torch.zeros(1, 3, 17, 16), "maps", 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_network_says_that_it_takes_no_hooks():
+    scripted = torch.jit.trace(Net().eval(), torch.zeros(1, 3, 16, 16))
+    for call in (networks.load, lambda net: cc.explain(net, torch.zeros(3, 16, 16))):
+        with pytest.raises(ValueError, match="scripted or traced network takes no hooks"):
+            call(scripted)
 
 
 class Takes(nn.Module):
