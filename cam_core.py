@@ -542,8 +542,9 @@ def _surely_first(model: nn.Module, layer: str) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    ours = type(module).__module__.startswith("torch.nn.modules")
-    return ours or (type(module).forward is nn.Sequential.forward)
+    """Whether a module is known to hand on what its convolutions made as they made it."""
+    known = type(module).__module__.startswith(("torch.nn.modules", "torchvision.models"))
+    return known or type(module).forward is nn.Sequential.forward
 
 
 def _with_parameters(module: nn.Module) -> Iterator[nn.Module]:
