@@ -620,8 +620,8 @@ def _shift(a: Tensor, b: Tensor, axis: int) -> float:
 
 def _independent(model: nn.Module, x: Tensor) -> bool:
     """Whether a network's answer to an image is the same whatever else is in its batch. Probed once
-    for each model, with one image alone and beside noise; a warning where it is not, or where the
-    network does not take one image alone.
+    for each model, with one image alone and beside noise; a warning where it is not, where the
+    network is random, and where it takes neither one image nor two.
     """
     if model not in _INDEPENDENT:
         name = type(model).__name__

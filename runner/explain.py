@@ -55,27 +55,10 @@ LONGEST = 100  # bytes of a photograph's name in the names of its files
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's words."""
-    parser = argparse.ArgumentParser(
-        "./run_all.sh explain",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    texts = {
-        "photographs": "an image file, or a folder of them",
-        "-p": "a setting (docs/explain.md)",
-        "-f": "a YAML file of settings; -p wins over it",
-        "--results-dir": "where the results go (results/explain), as -p results_dir DIR",
-    }
-    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    parser.add_argument("photographs", nargs="+", metavar="PHOTO", help=texts["photographs"])
-    parser.add_argument("-p", **pair, help=texts["-p"])
-    parser.add_argument("-f", metavar="FILE", help=texts["-f"])
-    parser.add_argument("--results-dir", metavar="DIR", help=texts["--results-dir"])
-    args = parser.parse_intermixed_args(words)
-    if args.results_dir is not None:
-        args.p.append(("results_dir", args.results_dir))
-    return args
+    parser = parameters.command_line("./run_all.sh explain", __doc__, "results/explain")
+    what = "an image file, or a folder of them"
+    parser.add_argument("photographs", nargs="+", metavar="PHOTO", help=what)
+    return parser.parse_intermixed_args(words)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:

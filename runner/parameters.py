@@ -9,6 +9,7 @@ from the same file.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import re
@@ -114,6 +115,32 @@ def value_of(name: str, given: Given):
         return settings.check(name, value)
     except ValueError as error:
         refuse(f"{given.source}: {error}")
+
+
+def command_line(command: str, about: str, folder: str) -> argparse.ArgumentParser:
+    """The options that both commands have: -p, -f and --results-dir, which is a -p too. about: the
+    help text; folder: where the results go without it.
+    """
+    parser = argparse.ArgumentParser(
+        command,
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pairs = {"dest": "p", "action": "append", "default": []}
+    name_value = ("NAME", "VALUE")
+    parser.add_argument(
+        "-p", **pairs, nargs=2, metavar=name_value, help="a setting (docs/parameters.md)"
+    )
+    parser.add_argument("-f", metavar="FILE", help="a YAML file of settings; -p wins over it")
+    parser.add_argument(
+        "--results-dir",
+        **pairs,
+        type=lambda word: ("results_dir", word),
+        metavar="DIR",
+        help=f"where the results go ({folder}), as -p results_dir DIR",
+    )
+    return parser
 
 
 def read_given(file: str | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Given]:

@@ -506,36 +506,22 @@ def print_skipped(target: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line's words."""
-    parser = argparse.ArgumentParser(
-        "./run_all.sh",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parameters.command_line("./run_all.sh", __doc__, "results/default")
     texts = {
-        "-p": "a parameter (docs/parameters.md)",
-        "-f": "a YAML file of parameters, such as params/smoke.yaml; -p wins over it",
         "--only": "run these notebooks only, such as 04,05",
         "--from": "run this notebook and those after it",
         "--check": "compare the results of all notebooks with their reference",
-        "--results-dir": "where the results go (results/default), as -p results_dir DIR",
     }
-    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    parser.add_argument("-p", **pair, help=texts["-p"])
-    parser.add_argument("-f", metavar="FILE", help=texts["-f"])
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--only", metavar="NN[,NN]", help=texts["--only"])
     part.add_argument("--from", dest="start", metavar="NN", help=texts["--from"])
     part.add_argument("--check", action="store_true", help=texts["--check"])
-    parser.add_argument("--results-dir", metavar="DIR", help=texts["--results-dir"])
     args, unknown = parser.parse_known_args()
     if unknown:
         parser.error(
             f"{' '.join(unknown)} is not understood. Settings are given as -p NAME VALUE; "
             "photographs are explained by ./run_all.sh explain PHOTO."
         )
-    if args.results_dir is not None:
-        args.p.append(("results_dir", args.results_dir))
     return args
 
 
