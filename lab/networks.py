@@ -307,7 +307,7 @@ def _efficientnet_lite(arch: str, classes: int) -> nn.Module:
 
     model = EfficientNet.from_name(arch.replace("_", "-"), num_classes=classes)
     side = EfficientNet.get_image_size(arch.replace("_", "-"))
-    # Liu and Tan, EfficientNet-Lite: pixels from 0 to 255 become (p - 127) / 128
+    # as its TensorFlow original: pixels p from 0 to 255 become (p - 127) / 128
     model.preprocessing = Preprocessing(
         size=(side, side),
         mean=(127 / 255,) * 3,
