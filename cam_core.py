@@ -11,7 +11,7 @@ tensor code. Read it from top to bottom:
     5  layers         where a network can be asked: layer_shapes, stages, default_layers
     6  explain        one image in one call
     7  method_maps    every method of the study, and its controls, from one capture
-    8  faithfulness   insertion and deletion, change of confidence; RISE for comparison
+    8  faithfulness   insertion and deletion, change of confidence, ROAD; RISE for comparison
     9  localisation   pointing game, energy, average precision, IoU of masks and boxes
     10 sanity         how alike maps are; a network randomised layer by layer
     11 choosing       what notebook 04 does: the sweep over layers, rules and weights
@@ -32,7 +32,6 @@ import copy
 import dataclasses
 import dis
 import functools
-import hashlib
 import json
 import math
 import operator
@@ -65,6 +64,7 @@ from lab import (
 from lab import drawing as drawing
 from lab import figures as figures
 from lab import heads as heads
+from lab import ledger as ledger
 from lab import networks as networks
 from lab import runs as runs
 from lab import sentences as sentences
@@ -404,6 +404,7 @@ def _gradients(
             )
     if not score.requires_grad:
         raise ValueError(f"The score does not depend on layer={list(names)}. {_why_not(model)}")
+    ledger.backward(max(len(output) for output in outputs.values()))
     found = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
     return dict(zip(outputs, found, strict=True))
 
@@ -767,6 +768,7 @@ def _forward(model: nn.Module, x: Tensor):
     """model(x). What torch, or a library of networks, says there against its shape or type becomes
     a ValueError that names x; what a model of your own raises itself is handed on.
     """
+    ledger.forward(len(x))
     try:
         return model(x)
     except Exception as error:
@@ -1014,6 +1016,7 @@ def input_gradient(
             _guide(score)
         gradient = None
         if score.requires_grad:
+            ledger.backward(len(x))
             gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0]
     tensors = {"scores": scores} if logits is None else {"logits": logits, "scores": scores}
     if gradient is not None:
@@ -1102,6 +1105,7 @@ def integrated_gradients(
         logits, chosen, _, head = _scored(model, output, x, target, head)
 
         def scores_of(points: Tensor) -> Tensor:
+            ledger.backward(len(points))  # captum asks for the gradient of each
             output = _forward(model, points)
             if callable(target):
                 return _called(target, output, points)
@@ -2412,7 +2416,11 @@ def measurable(
     has_twins = bool((frame["twin"] != "").any())
     frame = datasets.subset(frame[frame["twin"] != ""] if has_twins else frame, 0, seed)
     has_boxes = "known" in frame and bool((frame["truth"] == "boxes").any())
-    kept = []
+    added = ["target", "p_image", "p_twin"] if has_twins else ["target", "p_image"]
+    # plain numbers: small tables kept from every batch would lie between the images of one batch
+    # and of the next in memory, which then cannot be used again
+    places = []
+    values = []
     left_out = []
     count = 0
     for begin in range(0, len(frame), batch_size):
@@ -2431,14 +2439,18 @@ def measurable(
             counts = np.ones(len(part), bool)
         counted_before = count + counts.cumsum() - counts
         reached = counted_before < (n or math.inf)
-        kept.append(part[reached & counts])
+        chosen = part.loc[reached & counts, added]
+        places += chosen.index.tolist()
+        values += chosen.to_numpy(float).tolist()
         refused = part[reached & ~counts][["id", "file"]]
         reason = runs.UNUSED if has_twins else runs.MISTAKEN
         left_out += refused.assign(reason=reason).to_dict("records")
-        count += len(kept[-1])
+        count += len(chosen)
         if n and count >= n:
             break
-    rows = pd.concat(kept) if kept else frame.iloc[:0].assign(target=0, p_image=0.0)
+    found = pd.DataFrame(values, index=places, columns=added)
+    found = found.astype({name: int if name == "target" else np.float32 for name in added})
+    rows = frame.loc[places].join(found)
     return rows.reset_index(drop=True), pd.DataFrame(left_out, columns=["id", "file", "reason"])
 
 
@@ -2517,9 +2529,11 @@ def perturbation_curves(
     steps: int = 28,
     batch_size: int = 8,
     precision: str = "float32",
+    points: Sequence[int] | None = None,
+    known: dict[tuple[int, int], float] | None = None,
 ) -> Tensor:
     """The target's probability while pixels of `start` are replaced by those of `end`, lowest rank
-    first: (N, M, steps + 1).
+    first: (N, M, steps + 1), or (N, M, len(points)) where only these points are asked for.
 
     start, end: (N, C, H, W); ranks: (N, M, H, W), M orders for each image as `pixel_rank` or
     `block_rank` give them, G different places; target: (N,), or a target function as in
@@ -2528,10 +2542,11 @@ def perturbation_curves(
     is `end`, groups differ by at most one place and none is dropped. Deletion: start = image, end =
     baseline. Insertion: start = baseline, end = image (Petsiuk et al., BMVC 2018, Algorithm 1).
 
-    Every distinct picture is evaluated once: orders that agree, the ends, also where they are
-    another image's ends, and points between which only pixels were replaced that are the same in
-    start and end (with a twin as baseline, most of the image). Pictures are made on the device,
-    batch_size at a time. Raises ValueError for steps outside 1 to G.
+    Every distinct picture is scored once, whichever curve, order or image it belongs to. `known`
+    carries this over several calls with one network, target function and precision: values by
+    (`picture_codes`, class) that need no scoring, to which this call adds its own. So 14 steps
+    after 7 score only the points between. Pictures are made on the device, batch_size at a time.
+    Raises ValueError for steps outside 1 to G.
     """
     n, m = ranks.shape[:2]
     places = int(ranks.max()) + 1
@@ -2545,81 +2560,121 @@ def perturbation_curves(
         _check_own_rows(model, start[:2], target)
     # with a function nobody asks for a class: any one will do
     classes = torch.zeros(n, dtype=torch.long) if callable(target) else _one_each(target, n)
-    classes = classes.to(device)
+    asked = target if callable(target) else classes.to(device)
     cuts = torch.arange(steps + 1, device=device) * places // steps
     # the point from which on a pixel is replaced
     replaced_at = torch.bucketize(ranks, cuts.int(), right=True, out_int32=True)
-    pictures = _picture_numbers(start, end, replaced_at, classes, steps)
-    _, jobs, inverse = np.unique(
-        pictures.reshape(-1, 3), axis=0, return_index=True, return_inverse=True
-    )
-    jobs = np.stack(np.unravel_index(jobs, (n, m, steps + 1)))
-    jobs = torch.from_numpy(jobs).to(device)  # all at once, so that no batch waits for its own
+    points = np.arange(steps + 1) if points is None else np.array(points)
+    codes = _codes_on_the_way(start, end, replaced_at, steps).cpu().numpy()[..., points]
+    image, order, place = np.indices(codes.shape).reshape(3, -1)
+    pictures = list(zip(codes.flatten().tolist(), classes[image].tolist(), strict=True))
+    ledger.asked(len(pictures))
+    known = {} if known is None else known
+    new = _first_of_each(pictures, known)
+    if new:
+        jobs = np.stack([image, order, points[place]])[:, list(new.values())]
+        jobs = torch.from_numpy(jobs).to(device)  # all at once, so that no batch waits for its own
+        settings = (asked, batch_size, precision)
+        scored = _score_mixed(model, start, end, replaced_at, jobs, *settings)
+        known.update(zip(new, scored.tolist(), strict=True))
+    return torch.tensor([known[picture] for picture in pictures]).view(codes.shape)
+
+
+def _first_of_each(pictures: Sequence[tuple[int, int]], known: Mapping) -> dict:
+    """{picture: where it appears first} of those that are not known yet."""
+    first = {}
+    for position, picture in enumerate(pictures):
+        if picture not in known:
+            first.setdefault(picture, position)
+    return first
+
+
+def _score_mixed(
+    model: nn.Module,
+    start: Tensor,
+    end: Tensor,
+    replaced_at: Tensor,
+    jobs: Tensor,
+    target: Tensor | Callable,
+    batch_size: int,
+    precision: str,
+) -> Tensor:
+    """The target's probability for points of curves, jobs = (images, orders, points), (3, J) on the
+    device: (J,) on the CPU. Nothing in the loop waits for the device.
+    """
     values = []
     for image, order, point in (part.unbind() for part in jobs.split(batch_size, dim=1)):
         replaced = replaced_at[image, order] <= point.view(-1, 1, 1)
         mixed = torch.where(replaced[:, None], end[image], start[image])
-        asked = target if callable(target) else classes[image]
+        asked = target if callable(target) else target[image]
         values.append(_values(model, mixed, asked, batch_size, precision))
     found = torch.cat(values).cpu()
     _check_probabilities(found)
-    return found[torch.from_numpy(inverse.reshape(n, m, steps + 1))]
+    return found
 
 
-def _picture_numbers(
-    start: Tensor, end: Tensor, replaced_at: Tensor, target: Tensor, steps: int
-) -> np.ndarray:
-    """Which picture every point of every curve shows, as three numbers: (N, M, steps + 1, 3).
-    Points with equal numbers show the same picture and ask for the same class.
+def picture_codes(x: Tensor) -> Tensor:
+    """A number that tells a picture by its content: (B, C, H, W) -> (B,) int64. Pictures with equal
+    pixels have equal numbers; different ones have different numbers, but for a chance of about
+    2**-64 a pair.
+    """
+    return _pixel_codes(x).sum(1)
 
-    On the way a picture is told by its image, its order and how many pixels have changed so far. An
-    end is told by what it shows and the class asked for, whichever image and order it belongs to.
-    replaced_at: (N, M, H, W), the point from which on a pixel is replaced.
+
+def known_values(x: Tensor, target: Tensor, values: Tensor) -> dict[tuple[int, int], float]:
+    """What is known of pictures (B, C, H, W) already, as `perturbation_curves` takes it: values,
+    (B,), the probabilities of target, (B,).
+    """
+    points = zip(picture_codes(x).tolist(), target.tolist(), strict=True)
+    return dict(zip(points, values.flatten().tolist(), strict=True))
+
+
+def values_of(
+    rows: pd.DataFrame, x: Tensor, target: Tensor, twins: Tensor | None = None
+) -> dict[tuple[int, int], float]:
+    """What `measurable` found out about the rows' images and their twins, so that no curve scores
+    its ends again: p_image and p_twin, as `known_values`.
+    """
+    known = {}
+    for column, pictures in (("p_image", x), ("p_twin", twins)):
+        if column in rows and pictures is not None:
+            known |= known_values(pictures, target, torch.tensor(rows[column].tolist()))
+    return known
+
+
+def _pixel_codes(x: Tensor) -> Tensor:
+    """A number for every pixel, made of its place and its values: (B, C, H, W) -> (B, H * W) int64.
+    Their sum over the pixels, modulo 2**64, tells the picture (Zobrist hashing, 1970), so that the
+    sum for a picture in which some pixels were replaced follows without looking at the others.
+    """
+    bits = (x.float() + 0.0).contiguous().view(torch.int32).long() & 0xFFFFFFFF  # -0 becomes 0
+    place = torch.arange(x[0].numel(), device=x.device).view(x.shape[1:])
+    code = bits | (place << 32)
+    for shift, factor in _SPLITMIX:
+        code = (code ^ ((code >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (code ^ ((code >> 31) & ((1 << 33) - 1))).sum(1).flatten(1)
+
+
+# SplitMix64 (Steele et al., OOPSLA 2014): shifts and factors, the latter as signed numbers.
+_SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
+def _codes_on_the_way(start: Tensor, end: Tensor, replaced_at: Tensor, steps: int) -> Tensor:
+    """`picture_codes` of every point of every curve: (N, M, steps + 1). replaced_at: (N, M, H, W),
+    the point from which on a pixel is replaced, 1 to steps.
     """
     n, m = replaced_at.shape[:2]
-    changed = _changed_pixels(start, end, replaced_at, steps)
-    at_start = changed == 0
-    at_end = changed == changed[..., -1:]
-
-    shown = [*start.cpu().numpy(), *end.cpu().numpy()]
-    classes = target.tolist() * 2
-    ends = _first_equal([(c, _digest(picture)) for c, picture in zip(classes, shown, strict=True)])
-    # negative, so that no image has the same number
-    first_end, last_end = -1 - np.array(ends).reshape(2, n, 1, 1)
-    image = np.where(at_end, last_end, np.arange(n).reshape(n, 1, 1))
-    image = np.where(at_start, first_end, image)
-
-    order = np.empty((n, m, 1), int)
-    for i, orders in enumerate(replaced_at.cpu().numpy()):
-        order[i, :, 0] = _first_equal([_digest(o) for o in orders])
-    order = np.where(at_start | at_end, -1, order)
-    count = np.where(at_start | at_end, -1, changed)
-    return np.stack([image, order, count], axis=-1)
-
-
-def _changed_pixels(start: Tensor, end: Tensor, replaced_at: Tensor, steps: int) -> np.ndarray:
-    """How many pixels that differ between start and end are replaced at each point: (N, M, steps +
-    1).
-    """
-    n, m = replaced_at.shape[:2]
-    differs = (start != end).any(1).flatten(1)[:, None].expand(n, m, -1).long()
+    before = _pixel_codes(start)
+    change = (_pixel_codes(end) - before)[:, None].expand(n, m, -1)
     at_point = torch.zeros(n, m, steps + 1, dtype=torch.long, device=start.device)
-    at_point.scatter_add_(2, replaced_at.flatten(2).long(), differs)
-    return at_point.cumsum(2).cpu().numpy()
+    for image in range(n):  # one at a time: 64 bits for each pixel of all orders are much memory
+        at_point[image].scatter_add_(1, replaced_at[image].flatten(1).long(), change[image])
+    return before.sum(1)[:, None, None] + at_point.cumsum(2)
 
 
-def _first_equal(items: Sequence) -> list[int]:
-    """For every item the position of the first one that equals it."""
-    seen: dict = {}
-    return [seen.setdefault(item, position) for position, item in enumerate(items)]
-
-
-def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(array.tobytes()).digest()
-
-
-def auc(curves: Tensor | np.ndarray) -> np.ndarray:
-    """Normalised trapezoid along the last axis: (sum - first/2 - last/2) / (n - 1). For
+def auc(curves: Tensor | np.ndarray, points: Sequence[int] | None = None) -> np.ndarray:
+    """Normalised trapezoid along the last axis: (sum - first/2 - last/2) / (n - 1), or, for curves
+    known at some `points` only, sum_i (p_i+1 - p_i) (c_i + c_i+1) / 2 / (p_n - p_1). For
     probabilities, in [0, 1]. Raises ValueError for fewer than two points.
     """
     c = np.asarray(curves, dtype=np.float64)
@@ -2627,7 +2682,18 @@ def auc(curves: Tensor | np.ndarray) -> np.ndarray:
         raise ValueError(
             f"curves must have at least two points along their last axis; got shape {c.shape}."
         )
-    return np.trapezoid(c, axis=-1) / (c.shape[-1] - 1)
+    at = np.arange(c.shape[-1]) if points is None else np.asarray(points)
+    return np.trapezoid(c, at, axis=-1) / (at[-1] - at[0])
+
+
+def few_points(steps: int, count: int) -> list[int]:
+    """Where to look at a curve of `steps` steps if few points must do: 0, at most `count` between
+    the ends, in geometric progression, and `steps`. Most of a curve's rise or fall lies in its
+    first steps, so evenly spaced points would miss it. Doubling count keeps the points and adds
+    more between them.
+    """
+    between = np.geomspace(1, steps, count + 1).round().astype(int).tolist()
+    return list(dict.fromkeys([0, *between, steps]))
 
 
 def blur(x: Tensor) -> Tensor:
@@ -2689,28 +2755,34 @@ def faithfulness(
     batch_size: int = 8,
     precision: str = "float32",
     block: int = 0,
+    points: Sequence[int] | None = None,
+    known: dict[tuple[int, int], float] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Insertion and deletion curves of every method: {"insertion": {method: (B, steps + 1)},
     "deletion": {...}}.
 
     maps: name -> (B, H, W). start is where insertion starts and end where deletion ends, as
     `baselines` returns them. What is measured is the probability of target, (B,), or the value of a
-    target function. block: pixel by pixel (0), or in blocks of block x block.
+    target function. block: pixel by pixel (0), or in blocks of block x block. points, known: as in
+    `perturbation_curves`.
     """
     if block:
         ranks = [block_rank(m, ids, seed, block) for m in maps.values()]
     else:
         ranks = [pixel_rank(m, ids, seed) for m in maps.values()]
+    ranks = torch.stack(ranks, 1)
     # both in one call, so that what they share, the image itself, is evaluated once
     curves = perturbation_curves(
         model,
         torch.cat([start, x]),
         torch.cat([x, end]),
-        torch.stack(ranks, 1).repeat(2, 1, 1, 1),
+        ranks.repeat(2, 1, 1, 1),
         target if callable(target) else _one_each(target, len(x)).repeat(2),
         steps,
         batch_size,
         precision,
+        points,
+        known,
     )
     insertion, deletion = curves.split(len(x))
     return {
@@ -2842,6 +2914,349 @@ def _rise_masks(grids: Tensor, shifts: Sequence[Sequence[int]], size: tuple[int,
     return torch.stack(cut)
 
 
+ROAD_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ROAD_NOISE = 0.01  # standard deviation, in preprocessed units
+
+
+def imputed(
+    x: Tensor,
+    removed: Tensor,
+    ids: Sequence[str] | None = None,
+    seed: int = 0,
+    noise: float = ROAD_NOISE,
+) -> Tensor:
+    """Noisy linear imputation: the removed pixels are filled in from those that are left, (B, C, H,
+    W) -> (B, C, H, W). Rong et al., ICML 2022, with their code's weights and borders.
+
+    A removed pixel i becomes the weighted mean of its neighbours j, removed or not,
+
+        sum_j w_ij (u_j - u_i) = 0,    w = 1/6 to the sides, 1/12 across the corners
+
+    (beyond the image there is none), in all channels alike, plus noise * N(0, 1) at removed pixels.
+    The noise depends on (seed, id) alone, whatever was removed. x: preprocessed; removed: (B, H, W)
+    bool. Solved to 1e-4 in x's units for all images at once, each as if it were alone; see
+    `_solved`. Raises ValueError for shapes that do not fit, for an image of which nothing is left,
+    and where there is noise but no id for each image.
+    """
+    if x.ndim != 4 or removed.dtype != torch.bool or removed.shape != (len(x), *x.shape[2:]):
+        raise ValueError(
+            f"x must be (B, C, H, W) and removed (B, H, W) bool; got {tuple(x.shape)} and "
+            f"{removed.dtype} {tuple(removed.shape)}."
+        )
+    if noise and (ids is None or len(ids) != len(x)):
+        raise ValueError(f"noise={noise} is drawn for each image by its id: give {len(x)} ids.")
+    if bool(removed.flatten(1).all(1).any()):
+        raise ValueError("removed covers all of an image, which leaves nothing to impute from.")
+    filled = _solved(x, removed.to(x.device))
+    if noise:
+        filled += _noise_of(ids, seed, noise, x.shape[1:]).to(x) * removed[:, None].to(x)
+    return filled.to(x.dtype)
+
+
+def _noise_of(ids: Sequence[str], seed: int, scale: float, shape: Sequence[int]) -> Tensor:
+    drawn = [_generator(seed, i, 4).standard_normal(tuple(shape), np.float32) for i in ids]
+    return scale * torch.from_numpy(np.stack(drawn))
+
+
+# ---- the solver: conjugate gradients, preconditioned with one multigrid cycle.
+#
+# Planes are (C, B, H, W), channels-last, so that the images of a batch lie side by side in memory:
+# one instruction then works on 8 or 16 of them, and a mask serves all C colours.
+
+
+@torch.no_grad()
+def _solved(x: Tensor, removed: Tensor, tolerance: float = 2e-4) -> Tensor:
+    """The linear imputation of (B, C, H, W), float32.
+
+    Six to ten steps do, whatever the mask. `tolerance` bounds the error before the last step, in
+    the energy norm, which in two dimensions is about the largest error of a pixel. An image whose
+    error is below it stands still while others go on, so its result does not depend on them.
+    """
+    mask = removed[None].float().contiguous(memory_format=torch.channels_last)
+    left = 1 - mask
+    known = x.float().transpose(0, 1).contiguous(memory_format=torch.channels_last) * left
+    # without their average, as colours near 0 are rounded less
+    average = known.sum((2, 3), keepdim=True) / left.sum((2, 3), keepdim=True)
+    u = (known - average).mul_(left)
+    with torch.backends.cudnn.flags(enabled=False):  # it would round to TF32
+        grids = _Grids(mask)
+        residual = _around(u).mul_(mask)
+        moving = torch.ones_like(average)
+        direction = before = None
+        for step in range(100):
+            if step == 4:  # anew, as its rounding adds up
+                residual = _around(u).addcmul_(u, grids.weights[0], value=-1).mul_(mask)
+            z = grids.cycle(residual)
+            energy = _dot(residual, z)
+            near = (energy.amax(0, keepdim=True) < tolerance**2).float()
+            if step >= 2 and bool((near >= moving).all()):  # waits for a GPU once a step
+                u.addcmul_(z, _wide(moving, z)).add_(average)
+                return u.mul_(mask).add_(known).transpose(0, 1)
+            if direction is not None:
+                z.addcmul_(direction, _wide(energy / before.clamp_min(1e-30) * (1 - near), z))
+            direction = z
+            change = _around(direction).addcmul_(direction, grids.weights[0], value=-1).mul_(mask)
+            length = energy / _dot(direction, change).clamp_max(-1e-30)
+            length = torch.where(near > 0, -1.0, length) * moving
+            u.addcmul_(direction, _wide(-length, u))
+            residual.addcmul_(change, _wide(-length, u))
+            moving = moving * (1 - near)
+            before = energy
+    raise ValueError("x cannot be imputed in 100 steps: does it contain NaN or infinity?")
+
+
+class _Grids:
+    """The equations of removed pixels on grids of 1, 2, 4, ... pixels, for one approximate solution
+    by a multigrid cycle.
+
+    Of each grid: masks, which cells are unknown, (1, B, h, w); weights, what an unknown cell's own
+    value counts; `_around` gives what its neighbours count. A coarse cell is unknown if three
+    quarters of its pixels are. Where it borders on what is known, its weight is that of Galerkin's
+    product (the row sum of the finer grid, gathered), so that a correction never overshoots there.
+    """
+
+    def __init__(self, mask: Tensor):
+        self.masks = [mask]
+        self.weights = [_around(torch.ones_like(mask))]
+        self.scaled = []  # the masks, over `_refined_sum`
+        share = mask
+        while max(mask.shape[2:]) > 12:
+            self.scaled.append(mask / _refined_sum(mask))
+            ground = self.weights[-1] - _around(mask)
+            ground = _gathered(ground.mul_(self.scaled[-1]))
+            share = F.avg_pool2d(share, 2, ceil_mode=True, count_include_pad=False)
+            mask = (share >= 0.75).float()
+            self.masks.append(mask)
+            self.weights.append(_around(mask) + ground)
+        pairs = zip(self.masks, self.weights, strict=True)
+        self.inverse = [m / torch.where(m > 0, w, 1.0).clamp_min(1e-6) for m, w in pairs]
+        # the coarsest grid, solved exactly
+        m, w = mask[0].flatten(1), self.weights[-1][0].flatten(1)
+        cells = torch.eye(m.shape[1], device=m.device).view(1, -1, *mask.shape[2:])
+        between = _around(cells).view(m.shape[1], m.shape[1])
+        own = torch.where(m > 0, w, 1.0) * (1 + 1e-6)
+        self.last = torch.linalg.inv(torch.diag_embed(own) - between * m[:, :, None] * m[:, None])
+
+    def cycle(self, residual: Tensor, grid: int = 0) -> Tensor:
+        """About the solution for a residual that is 0 at known cells: one Jacobi step, the
+        correction of the coarser grid, one Jacobi step.
+        """
+        mask = self.masks[grid]
+        if grid == len(self.masks) - 1:
+            flat = torch.einsum("bij,cbj->cbi", self.last, residual.flatten(2))
+            return flat.view_as(residual) * mask
+        u = residual * self.inverse[grid]
+        # at the Jacobi step's result, only the neighbours are left of the residual
+        left = _gathered(_around(u).mul_(self.scaled[grid])).mul_(self.masks[grid + 1])
+        u.addcmul_(self.scaled[grid], _refined(self.cycle(left, grid + 1), mask))
+        return _around(u).add_(residual).mul_(self.inverse[grid])
+
+
+# The weights of neighbours, and those by which a coarse value is shared out; exact in floats.
+_NEIGHBOURS = torch.tensor([[1.0, 2, 1], [2, 0, 2], [1, 2, 1]]) / 16
+_BILINEAR = torch.tensor([1.0, 3, 3, 1])[:, None] * torch.tensor([1.0, 3, 3, 1]) / 16
+
+
+@functools.cache
+def _kernels(planes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both, for each plane; kept, as many calls on small grids would make them again."""
+    both = [k.to(device).repeat(planes, 1, 1, 1) for k in (_NEIGHBOURS, _BILINEAR)]
+    return both[0], both[1]
+
+
+def _around(u: Tensor) -> Tensor:
+    """3/4 of the weighted sum of the eight neighbours."""
+    planes = u.shape[1]
+    return F.conv2d(u, _kernels(planes, u.device)[0], padding=1, groups=planes)
+
+
+def _refined(coarse: Tensor, like: Tensor) -> Tensor:
+    """Bilinear interpolation, to the finer grid of `like`; at borders times `_refined_sum`."""
+    planes = coarse.shape[1]
+    kernel = _kernels(planes, coarse.device)[1]
+    fine = F.conv_transpose2d(coarse, kernel, stride=2, padding=1, groups=planes)
+    return fine[:, :, : like.shape[2], : like.shape[3]]
+
+
+def _gathered(fine: Tensor) -> Tensor:
+    """The transpose of `_refined`."""
+    planes, height, width = fine.shape[1:]
+    if height % 2 or width % 2:
+        fine = F.pad(fine, (0, width % 2, 0, height % 2))
+    kernel = _kernels(planes, fine.device)[1]
+    return F.conv2d(fine, kernel, stride=2, padding=1, groups=planes)
+
+
+def _refined_sum(like: Tensor) -> Tensor:
+    """What `_refined` makes of ones, as it lacks a next cell at borders: (1, 1, h, w)."""
+    ones = torch.ones(1, 1, *(-(-side // 2) for side in like.shape[2:]), device=like.device)
+    return _refined(ones, like)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((2, 3), keepdim=True)
+
+
+def _wide(numbers: Tensor, like: Tensor) -> Tensor:
+    """A number for each plane, as a row of pixels: several times faster to multiply by."""
+    row = numbers.expand(*like.shape[:2], 1, like.shape[3])
+    return row.contiguous(memory_format=torch.channels_last)
+
+
+def road(
+    model: nn.Module,
+    x: Tensor,
+    maps: Mapping[str, Tensor],
+    target: int | Sequence[int] | Tensor | Callable,
+    ids: Sequence[str],
+    fractions: Sequence[float] = ROAD_FRACTIONS,
+    seed: int = 0,
+    batch_size: int = 8,
+    precision: str = "float32",
+) -> dict[str, dict[str, Tensor]]:
+    """ROAD, remove and debias (Rong et al., ICML 2022): what becomes of the target when a share of
+    the pixels is removed and imputed. {"most": {method: (B, F)}, "least": {...}}: most and least
+    relevant pixels first.
+
+    x: (B, C, H, W), preprocessed; maps: name -> (B, H, W); target: (B,), whose probability is
+    measured, or a target function. round(fraction * H * W) pixels are removed, in the order of
+    `pixel_rank`, and filled in by `imputed`, with one draw of noise for each image. Equal pictures
+    (methods that agree on what to remove) are imputed and scored once. Raises ValueError for
+    fractions outside (0, 1), maps of another size than x, and maps that contain NaN.
+    """
+    if not len(fractions) or not all(0 < f < 1 for f in fractions):
+        raise ValueError(f"fractions={tuple(fractions)} must lie between 0 and 1, ends excluded.")
+    shape = (len(x), *x.shape[2:])
+    for name, m in maps.items():
+        if tuple(m.shape) != shape:
+            raise ValueError(f"maps[{name!r}] must have shape {shape}; got {tuple(m.shape)}.")
+    device = next(model.parameters(), x).device
+    x = x.to(device)
+    if callable(target) and len(x) > 1 and batch_size > 1 and _independent(model, x):
+        _check_own_rows(model, x[:2], target)
+    classes = None if callable(target) else _one_each(target, len(x)).to(device)
+
+    ranks = torch.stack([pixel_rank(m, ids, seed) for m in maps.values()], 1)
+    pixels = shape[1] * shape[2]
+    counts = [min(max(round(f * pixels), 1), pixels - 1) for f in fractions]
+    ends = [(0, k) for k in counts] + [(pixels - k, pixels) for k in counts]
+    first = {}  # the pictures, and where each is asked for first
+    places = []
+    for i, orders in enumerate(ranks.cpu().numpy()):
+        for m, order in enumerate(orders):
+            for begin, end in ends:
+                removed = np.packbits((order >= begin) & (order < end))
+                picture = (end - begin, i, removed.tobytes())
+                places.append(picture)
+                first.setdefault(picture, (i, m, begin, end))
+    ledger.asked(len(places))
+
+    # alike shares side by side: they need equally many steps of the solver
+    first = dict(sorted(first.items(), key=lambda item: item[0][:2]))
+    jobs = torch.tensor(list(first.values())).T.to(device)
+    ranks = ranks.to(device)
+    noise = _noise_of(ids, seed, ROAD_NOISE, x.shape[1:]).to(device)
+    values = []
+    for image, order, begin, end in (part.unbind() for part in jobs.split(batch_size, dim=1)):
+        rank = ranks[image, order]
+        removed = (rank >= begin.view(-1, 1, 1)) & (rank < end.view(-1, 1, 1))
+        pictures = imputed(x[image], removed, noise=0) + noise[image] * removed[:, None]
+        asked = target if callable(target) else classes[image]
+        values.append(_values(model, pictures, asked, batch_size, precision))
+    found = torch.cat(values).cpu()
+    _check_probabilities(found)
+    found = dict(zip(first, found.tolist(), strict=True))
+    curves = torch.tensor([found[picture] for picture in places])
+    most, least = curves.view(len(x), len(maps), 2, -1).unbind(2)
+    return {
+        "most": dict(zip(maps, most.unbind(1), strict=True)),
+        "least": dict(zip(maps, least.unbind(1), strict=True)),
+    }
+
+
+def road_score(curves: Mapping[str, Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
+    """mean over fractions of (least - most), of what `road` returns: {method: (B,)} in [-1, 1], 0
+    for a map that knows nothing, larger is better. pytorch-grad-cam's ROADCombined is half of it.
+    """
+    most, least = curves["most"], curves["least"]
+    return {name: (least[name] - most[name]).double().mean(1).numpy() for name in most}
+
+
+def gini(maps: Tensor) -> np.ndarray:
+    """Sparseness: 1 - 2 sum_k m_(k) / sum(m) * (N - k + 1/2) / N, over the absolute values in
+    ascending order, k = 1 to N: (B, H, W) -> (B,) in [0, 1).
+
+    0 if all pixels are equal (also if all are 0), near 1 if one pixel holds everything. Hurley and
+    Rickard, IEEE Trans. Inf. Theory 2009, table II; for attributions Chalasani et al., ICML 2020.
+    Raises ValueError for NaN.
+    """
+    if bool(maps.isnan().any()):
+        raise ValueError("maps contain NaN, which has no place in an order.")
+    ordered = maps.flatten(1).abs().cpu().double().sort(1).values.numpy()
+    count = ordered.shape[1]
+    weights = (count - np.arange(1, count + 1) + 0.5) / count
+    total = ordered.sum(1)
+    found = 1 - 2 * (ordered @ weights) / np.where(total > 0, total, 1)
+    return np.where(total > 0, found.clip(0), 0.0)
+
+
+def max_sensitivity(
+    explain: Callable[[Tensor], Tensor],
+    x: Tensor,
+    ids: Sequence[str],
+    radius: float = 0.02,
+    samples: int = 10,
+    seed: int = 0,
+) -> np.ndarray:
+    """max over d of |explain(x + d) - explain(x)| / |explain(x)|, Euclidean norms: (B,), smaller is
+    steadier. Yeh et al., NeurIPS 2019, definition 2, over the map's norm as captum's
+    `sensitivity_max` has it (a map of norm 0 is left undivided).
+
+    explain: images (B, C, H, W) -> maps (B, h, w), called samples + 1 times. Each d is uniform in
+    [-radius, radius] at every value of x and depends on (seed, id) alone. Raises ValueError for a
+    radius or samples that are not positive, ids that do not fit, and maps that contain NaN.
+    """
+    if radius <= 0 or samples < 1 or len(ids) != len(x):
+        raise ValueError(
+            f"radius={radius} and samples={samples} must be positive, and ids name every image; "
+            f"got {len(ids)} ids for {len(x)} images."
+        )
+    draws = [_generator(seed, i, 5) for i in ids]
+    clean = explain(x).detach().flatten(1).double().cpu()
+    size = clean.norm(dim=1)
+    size = torch.where(size > 0, size, 1.0)
+    worst = torch.zeros(len(x), dtype=torch.float64)
+    for _ in range(samples):
+        d = np.stack([draw.random(tuple(x.shape[1:]), np.float32) for draw in draws])
+        d = radius * (2 * torch.from_numpy(d).to(x) - 1)
+        change = explain(x + d).detach().flatten(1).double().cpu() - clean
+        worst = torch.maximum(worst, change.norm(dim=1) / size)
+    if bool(worst.isnan().any()):
+        raise ValueError("explain returns maps that contain NaN.")
+    return worst.numpy()
+
+
+def agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's tau-b between the rankings of methods that metrics give: (methods x metrics) ->
+    (metrics x metrics) in [-1, 1].
+
+    table: a method's mean in each metric; turn the sign of those where less is better. 1: one
+    order; 0: unrelated; NaN for a metric in which all methods are equal. A pair of metrics is
+    compared over the methods that have both. From SciPy. Raises ValueError below two methods.
+    """
+    from scipy.stats import kendalltau
+
+    if len(table) < 2:
+        raise ValueError(f"table has {len(table)} methods: a ranking needs two.")
+    columns = table.astype(float)
+    found = pd.DataFrame(index=columns.columns, columns=columns.columns, dtype=float)
+    for a in columns:
+        for b in columns:
+            both = columns[a].notna() & columns[b].notna()
+            found.loc[a, b] = kendalltau(columns.loc[both, a], columns.loc[both, b]).statistic
+    return found
+
+
 # ----------------------------------------------------------------------------------- 9 localisation
 
 
@@ -2939,8 +3354,16 @@ def best_threshold(maps: Tensor, masks: Tensor) -> float:
     """Of THRESHOLDS the one with the highest mean `iou`, to be chosen on validation images; of
     equal ones the first.
     """
-    scores = [iou(maps, masks, t).mean() for t in THRESHOLDS]
-    return THRESHOLDS[int(np.argmax(scores))]
+    return _best_of(_overlaps(maps, masks))
+
+
+def _overlaps(maps: Tensor, masks: Tensor) -> np.ndarray:
+    """`iou` at each of THRESHOLDS: (B, 19)."""
+    return np.stack([iou(maps, masks, threshold) for threshold in THRESHOLDS], 1)
+
+
+def _best_of(overlaps: np.ndarray) -> float:
+    return THRESHOLDS[int(overlaps.mean(0).argmax())]
 
 
 def box_iou(
@@ -3354,12 +3777,15 @@ def measure_cells(
     batch_size: int = 8,
     precision: str = "float32",
     block: int = 0,
+    count: int = 0,
+    known: dict[tuple[int, int], float] | None = None,
 ) -> list[dict]:
     """Areas under the insertion and the deletion curve of every cell's map: one record for each
     cell and image.
 
     An end is the same map whatever the rule, and is measured once. baseline: as in `baselines`.
-    block: see `faithfulness`.
+    block: see `faithfulness`. count: of the points between a curve's ends, see `few_points`; 0 is
+    all. known: see `perturbation_curves`.
     """
     device = next(model.parameters()).device
     both = factors(model, rows, list(dict.fromkeys(cell.pair for cell in cells)), size)
@@ -3370,15 +3796,18 @@ def measure_cells(
     target = torch.tensor(rows["target"].tolist(), device=device)
     ids = list(rows["id"])
     steps = steps_of(steps, x, block)
-    curves = faithfulness(
-        model, x, maps, target, ids, start, end, seed, steps, batch_size, precision, block=block
-    )
+    points = few_points(steps, count) if count else None
+    known = {} if known is None else known
+    known |= values_of(rows, x, target, twin)
+    settings = (seed, steps, batch_size, precision, block, points, known)
+    curves = faithfulness(model, x, maps, target, ids, start, end, *settings)
     records = []
     for cell in cells:
-        insertion = auc(curves["insertion"][_map_key(cell)]).tolist()
-        deletion = auc(curves["deletion"][_map_key(cell)]).tolist()
+        insertion = auc(curves["insertion"][_map_key(cell)], points).tolist()
+        deletion = auc(curves["deletion"][_map_key(cell)], points).tolist()
         for k, image in enumerate(ids):
             place = {"image": image, "layer": cell.pair, "rule": cell.rule, "alpha": cell.alpha}
+            place["points"] = len(points) if points else steps + 1
             records.append({**place, "insertion": insertion[k], "deletion": deletion[k]})
     return records
 
@@ -3397,20 +3826,20 @@ def sweep(
     rows: pd.DataFrame,
     cells: Sequence[Cell],
     block: int = 0,
+    count: int = 0,
     beside: Mapping[Cell, str] | None = None,
 ) -> pd.DataFrame:
     """Every cell on every image, two images at a time; what is finished is kept in the cache, under
     all that determines it: code, network, image files, cells and settings.
 
-    Returns a table with image, layer (the pair), rule, alpha, kind, baseline, insertion, deletion,
-    and the criterion, insertion - deletion. kind: "fusion", or "end" for one map alone. beside:
-    further cells, {cell: its kind}, which are measured and cannot be chosen.
+    Returns a table with image, layer (the pair), rule, alpha, kind, baseline, points (of a curve,
+    its ends among them; count as in `measure_cells`), insertion, deletion, and the criterion,
+    insertion - deletion. kind: "fusion", or "end" for one map alone. beside: further cells, {cell:
+    its kind}, which are measured and cannot be chosen.
     """
-    from tqdm.auto import tqdm
-
     s = run.settings
     beside = beside or {}
-    cells = [*cells, *beside]
+    cells = list(dict.fromkeys([*cells, *beside]))
     how = {
         "baseline": deciding_baseline(s.baseline, rows),
         "steps": s.steps,
@@ -3418,71 +3847,140 @@ def sweep(
         "batch_size": s.batch_size,
         "precision": s.precision,
         "block": block,
+        "count": count,
     }
-    key = {
-        "kind": "sweep",
-        "code": runs.code_hash(*CAMS.values(), *FUSIONS.values()),
-        "arch": run.info["arch"],
-        "weights": run.info["sha256"] or run.info["weights"],
-        "input": dataclasses.asdict(run.how),
-        "head": run.info["head"],
-        "cells": cells,
-        **how,
-        **runs.numerics(run.device),
-    }
-    label = f"baseline {how['baseline']}, {f'blocks of {block}' if block else 'pixels'}"
+    code = runs.code_hash(*CAMS.values(), *FUSIONS.values())
+    label = f"{len(cells)} maps, {f'blocks of {block}' if block else f'{count or s.steps} points'}"
     records = []
     for begin in tqdm(range(0, len(rows), 2), desc=label):
         part = rows[begin : begin + 2]
-        files = [sha256(file) for file in [*part["file"], *part["twin"]] if file]
-        images = {"ids": list(part["id"]), "target": part["target"].tolist(), "files": files}
+        scored = {
+            "arch": run.info["arch"],
+            "weights": run.info["sha256"] or run.info["weights"],
+            "how": run.how,
+            "head": run.info["head"],
+            "precision": s.precision,
+        }
+        scored = score_key(scored, part, run.device)
         measure = functools.partial(measure_cells, run.model, part, cells, run.how, **how)
-        records += runs.cached(run.data / "cache", {**key, **images}, measure)
+        key = {"kind": "sweep", "code": code, "cells": cells, "ids": list(part["id"])}
+        records += runs.cached(run.data / "cache", {**key, **scored, **how}, measure, scored)
     table = pd.DataFrame(records)
     kinds = {cell: "end" if cell.alpha in (0, 1) else "fusion" for cell in cells} | beside
     each = zip(table["layer"], table["rule"], table["alpha"], strict=True)
     table["kind"] = [kinds[cell] for cell in each]
     table["baseline"] = how["baseline"]
     table["criterion"] = table["insertion"] - table["deletion"]
-    place = ["image", "layer", "rule", "alpha", "kind", "baseline"]
-    return table[[*place, "insertion", "deletion", "criterion"]]
+    about = ["image", *PLACE, "kind", "baseline", "points"]
+    return table[[*about, "insertion", "deletion", "criterion"]]
+
+
+def score_key(network: Mapping, rows: pd.DataFrame, device: torch.device) -> dict:
+    """What decides the value of a picture that is made of these rows' images: what is said of the
+    network (arch, weights, how, head, precision), the image files and what is asked of them,
+    versions and device.
+    """
+    files = [sha256(file) if file else "" for file in [*rows["file"], *rows["twin"]]]
+    key = {name: network[name] for name in ("arch", "weights", "head", "precision")}
+    key["how"] = dataclasses.asdict(network["how"])
+    return {**key, "files": files, "target": rows["target"].tolist(), **runs.numerics(device)}
+
+
+# How many points between the ends of a curve (0: all of them) a candidate is measured on, and which
+# share of the candidates gets there.
+RUNGS = ((2, 1.0), (6, 1 / 4), (0, 1 / 24))
+FINALISTS = 6  # at least, who are measured on all points
+
+
+def successive_halving(
+    candidates: Sequence, measure: Callable[[list, int], pd.Series], rungs=RUNGS
+) -> list:
+    """The best of many candidates for the price of a few: the finalists, best first.
+
+    measure(candidates, points) gives their mean criterion, a series in the order of its argument.
+    All are measured on few points, the best of them on more, and the last few on all (0), as RUNGS
+    has it; FINALISTS or fewer are measured on all points at once. Of equal ones, to six decimals,
+    the first comes first. Jamieson and Talwalkar, AISTATS 2016, with points of a curve in the place
+    of training time.
+    """
+    left = list(candidates)
+    for points, share in rungs if len(left) > FINALISTS else rungs[-1:]:
+        left = left[: max(FINALISTS, math.ceil(share * len(candidates)))]
+        means = measure(left, points)
+        order = np.argsort(-means.to_numpy().round(6), kind="stable")
+        left = [left[k] for k in order]
+    return left
+
+
+def search(
+    run: runs.Run, rows: pd.DataFrame, cells: Sequence[Cell], beside: Mapping[Cell, str], **given
+) -> pd.DataFrame:
+    """The table of a choice among cells by `successive_halving`: `sweep`'s rows of every rung.
+
+    All cells are measured on the first rung's points, which shows the whole surface, the better
+    fusions on more, and the finalists, the ends and what stands beside on all points. given: what
+    may be chosen, see `allowed`.
+    """
+    ends = [cell for cell in cells if cell.alpha in (0, 1)]
+    tables = []
+
+    def measure(left: list[Cell], points: int) -> pd.Series:
+        further = beside if not (tables and points) else {}
+        also = ends if not points else [] if tables else cells
+        tables.append(sweep(run, rows, [*left, *also], count=points, beside=further))
+        return tables[-1].groupby(PLACE)["criterion"].mean()[[tuple(cell) for cell in left]]
+
+    successive_halving(allowed(cells, **given), measure)
+    table = pd.concat(tables)  # few steps can make two rungs alike
+    return table.drop_duplicates(["image", *PLACE, "points"], keep="last", ignore_index=True)
+
+
+PLACE = ["layer", "rule", "alpha"]  # the columns that tell a cell
 
 
 def rows_of(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:
-    """The rows of a sweep's table that belong to one cell, one for each image."""
+    """The rows of a table that belong to one cell, one for each image: those measured on most
+    points.
+    """
     right = (table["layer"] == cell.pair) & (table["rule"] == cell.rule)
-    return table[right & (table["alpha"] == cell.alpha)]
+    own = table[right & (table["alpha"] == cell.alpha)]
+    return own[own["points"] == own["points"].max()]
 
 
-def candidates(
-    table: pd.DataFrame,
+def allowed(
+    cells: Sequence[Cell],
     shallow_layer: str = "auto",
     rule: str = "auto",
     alpha: float | str = "auto",
-) -> pd.DataFrame:
-    """The criterion of what may be chosen: images x (layer, rule, alpha), in a fixed order: by
-    rule, as in FUSIONS, then by layers, then by weight.
+) -> list[Cell]:
+    """The cells that may be chosen, in a fixed order: by rule, as in FUSIONS, then by layers, then
+    by weight.
 
-    These are the fusions of the table, narrowed to what is given: where LayerCAM looks, the rule,
-    the weight. An end is among them only if its weight is given. Raises ValueError where the table
-    has no such cell, or an image lacks a value.
+    These are the fusions, narrowed to what is given: where LayerCAM looks, the rule, the weight. An
+    end is among them only if its weight is given. Raises ValueError where there is no such cell.
     """
-    wanted = (table["kind"] == "fusion") | ((table["kind"] == "end") & (table["alpha"] == alpha))
-    if shallow_layer != "auto":
-        wanted &= table["layer"].str.split(" × ").str[1] == shallow_layer
-    if rule != "auto":
-        wanted &= table["rule"] == rule
-    if alpha != "auto":
-        wanted &= table["alpha"] == alpha
-    if not wanted.any():
+    left = []
+    for cell in dict.fromkeys(cells):
+        fits = shallow_layer in ("auto", cell.fine) and rule in ("auto", cell.rule)
+        if fits and (alpha == cell.alpha or (alpha == "auto" and cell.alpha not in (0, 1))):
+            left.append(cell)
+    if not left:
         asked = f"shallow_layer={shallow_layer!r}, rule={rule!r}, alpha={alpha!r}"
         raise ValueError(f"no cell has {asked}: the sweep did not measure it.")
-    cell = ["layer", "rule", "alpha"]
-    wide = table[wanted].pivot(index="image", columns=cell, values="criterion")
+    rules = [*FUSIONS, *sorted({cell.rule for cell in left} - set(FUSIONS))]
+    return sorted(left, key=lambda cell: (rules.index(cell.rule), cell.pair, cell.alpha))
+
+
+def candidates(table: pd.DataFrame, **given) -> pd.DataFrame:
+    """The criterion of what may be chosen, images x (layer, rule, alpha): the `allowed` cells that
+    were measured on all points of their curves. Raises ValueError where an image lacks a value.
+    """
+    full = table[(table["points"] == table["points"].max()) & table["kind"].isin(["fusion", "end"])]
+    wide = full.pivot(index="image", columns=PLACE, values="criterion")
+    wide = wide[[tuple(cell) for cell in allowed([Cell(*cell) for cell in wide.columns], **given)]]
     if wide.isna().any(axis=None):
         raise ValueError("an image lacks a value for a cell, so the cells cannot be compared.")
-    rules = [*FUSIONS, *sorted(set(table["rule"]) - set(FUSIONS))]
-    return wide[sorted(wide.columns, key=lambda cell: (rules.index(cell[1]), cell[0], cell[2]))]
+    return wide
 
 
 def ranking(table: pd.DataFrame, **given) -> pd.Series:
@@ -3519,7 +4017,7 @@ def single_maps(table: pd.DataFrame) -> dict[str, float]:
     """
     found = {}
     for alpha, method, side in ((1.0, "Grad-CAM", 0), (0.0, "LayerCAM", 1)):
-        ends = table[table["alpha"] == alpha]
+        ends = table[(table["alpha"] == alpha) & (table["points"] == table["points"].max())]
         layers = ends["layer"].str.split(" × ").str[side]
         for layer, values in ends.groupby(layers, sort=False)["criterion"]:
             found[f"{method} at {layer}"] = float(values.mean())
@@ -3628,10 +4126,11 @@ class Study:
 
     model, arch, weights (a hash, or a name), how (its preprocessing) and head: the network. layers:
     {"deep", "coarse", "shallow", "finer"}, see `method_maps`. alpha, rule: the fusion. methods: the
-    maps that are measured. baselines: what replaces pixels; the first is measured on all images,
-    the others on n_extra of them. thresholds: {method: that of IoU and box accuracy}. n_extra: on
-    how many images the costly extras are measured. steps, fine_steps (0: no), rise_masks (0: no),
-    seed, batch_size, precision: as in params/default.yaml.
+    maps that are measured. baselines: what replaces pixels; the first is measured on all images and
+    methods, the others on n_extra images and the methods in further (none: all). thresholds:
+    {method: that of IoU and box accuracy}. n_extra: on how many images the costly extras are
+    measured. steps, check_steps, fine_steps (0: no), rise_masks (0: no), seed, batch_size,
+    precision: as in params/default.yaml.
 
     `dataclasses.replace` makes the study of another network out of one.
     """
@@ -3647,7 +4146,9 @@ class Study:
     baselines: Sequence[str]
     thresholds: Mapping[str, float]
     n_extra: int = 0
+    further: Sequence[str] = ()
     steps: int = 28
+    check_steps: int = 14
     fine_steps: int = 0
     rise_masks: int = 0
     seed: int = 0
@@ -3706,7 +4207,9 @@ def open_study(run) -> tuple[Study, pd.DataFrame, pd.DataFrame]:
         baselines=_baselines_of(settings.baseline, rows),
         thresholds=dict.fromkeys(methods, 0.5),
         n_extra=settings.n_extra,
+        further=CURVES if settings.method == "main" else (),
         steps=settings.steps,
+        check_steps=min(settings.check_steps, settings.steps),
         fine_steps=settings.fine_steps,
         rise_masks=settings.rise_masks,
         seed=settings.seed,
@@ -3821,13 +4324,14 @@ def _baselines_of(setting: str, rows) -> tuple[str, ...]:
 
 def choose_thresholds(study: Study, rows) -> dict[str, float]:
     """{method: the threshold with the highest mean IoU}, on validation images with masks."""
-    maps = {name: [] for name in study.methods}
+    overlaps = {name: [] for name in study.methods}
     for begin in range(0, len(rows), GROUP):
-        _, _, found = explain_rows(study, rows, begin, min(GROUP, len(rows) - begin))
-        for name, m in found.items():
-            maps[name].append(m.cpu())
-    masks = datasets.load_masks(rows, size=study.how)
-    return {name: best_threshold(torch.cat(parts), masks) for name, parts in maps.items()}
+        part = rows.iloc[begin : begin + GROUP]
+        masks = datasets.load_masks(part, size=study.how)
+        _, _, maps = explain_rows(study, rows, begin, len(part))
+        for name, m in maps.items():
+            overlaps[name].append(_overlaps(m.cpu(), masks))
+    return {name: _best_of(np.concatenate(parts)) for name, parts in overlaps.items()}
 
 
 # ---- measuring a group of images
@@ -3860,27 +4364,36 @@ def explain_rows(
     return x, captured.target, {name: maps[name] for name in study.methods}
 
 
-def measure(study: Study, rows, count: int, extra: int = 0) -> list[dict]:
+def measure(
+    study: Study,
+    rows,
+    count: int,
+    extra: int = 0,
+    known: dict[tuple[int, int], float] | None = None,
+) -> list[dict]:
     """All records (image, method, metric, baseline, value) of the first `count` rows; the costly
     extras of the first `extra`. The row behind them lends its LayerCAM to a control, see
-    `explain_rows`.
+    `explain_rows`. known: see `perturbation_curves`; all that is measured here shares it, so that
+    no picture is scored twice.
     """
     part = rows.iloc[:count]
     x, target, maps = explain_rows(study, rows, 0, count)
     main = {name: m for name, m in maps.items() if name not in FURTHER}
     first = study.baselines[0]
+    known = {} if known is None else known
     records = mask_out(study, part, x, target, maps)
     records += localise(study, part, maps)
-    records += perturb(study, part, x, target, maps, first)
-    records += perturb(study, part, x, target, main, first, block=BLOCK)
+    records += perturb(study, part, x, target, maps, first, known=known)
+    records += perturb(study, part, x, target, main, first, block=BLOCK, known=known)
     if extra:
         main = {name: m[:extra] for name, m in main.items()}
-        records += _measure_extras(study, part.iloc[:extra], x[:extra], target[:extra], main)
+        few = (part.iloc[:extra], x[:extra], target[:extra], main)
+        records += _measure_extras(study, *few, known)
     return records
 
 
 def _measure_extras(
-    study: Study, part, x: Tensor, target: Tensor, maps: Mapping[str, Tensor]
+    study: Study, part, x: Tensor, target: Tensor, maps: Mapping[str, Tensor], known: dict
 ) -> list[dict]:
     """Further baselines; more steps, for the methods whose curves are drawn; and RISE, of whose map
     only the order counts: it stands on a pedestal, since every mask leaves some probability
@@ -3888,18 +4401,19 @@ def _measure_extras(
     """
     first = study.baselines[0]
     records = []
+    further = {name: m for name, m in maps.items() if name in (study.further or maps)}
     for baseline in study.baselines[1:]:
-        records += perturb(study, part, x, target, maps, baseline)
+        records += perturb(study, part, x, target, further, baseline, known=known)
     if study.fine_steps:
         drawn = {name: maps[name] for name in CURVES}
-        records += perturb(study, part, x, target, drawn, first, steps=study.fine_steps)
+        records += perturb(study, part, x, target, drawn, first, fine=True, known=known)
     if study.rise_masks:
         settings = (study.seed, study.batch_size, study.precision)
         found = {
             "rise": rise(study.model, x, target, list(part["id"]), study.rise_masks, *settings)
         }
-        records += perturb(study, part, x, target, found, first)
-        records += perturb(study, part, x, target, found, first, block=BLOCK)
+        records += perturb(study, part, x, target, found, first, known=known)
+        records += perturb(study, part, x, target, found, first, block=BLOCK, known=known)
         by_order = ("pointing", "pointing_15", "average_precision")
         records += [r for r in localise(study, part, found) if r["metric"] in by_order]
     return records
@@ -3912,7 +4426,7 @@ def mask_out(
     of empty maps.
     """
     settings = (study.batch_size, study.precision)
-    clean = probabilities(study.model, x, *settings).gather(1, target[:, None])[:, 0]
+    clean = torch.tensor(part["p_image"].tolist())
     records = []
     for name, m in maps.items():
         found = confidence_change(study.model, x, m, target, clean, *settings)
@@ -3960,23 +4474,28 @@ def perturb(
     target: Tensor,
     maps: Mapping[str, Tensor],
     baseline: str,
-    steps: int = 0,
+    fine: bool = False,
     block: int = 0,
+    known: dict[tuple[int, int], float] | None = None,
 ) -> list[dict]:
     """Records of the areas of insertion and deletion with one baseline, and of the curves' points.
 
-    By pixels, with the study's steps: "insertion", "deletion". With other steps: "insertion_fine",
+    By pixels: "insertion", "deletion". With the study's fine_steps: "insertion_fine",
     "deletion_fine". By blocks of block x block pixels: "insertion_blocks", "deletion_blocks". These
-    have no points.
+    have no points. By blocks, and with another baseline than the first, as many steps as the
+    study's check_steps.
     """
-    ending = "_blocks" if block else "_fine" if steps else ""
-    steps = steps or study.steps
-    steps = steps_of(steps, x, block)
+    ending = "_blocks" if block else "_fine" if fine else ""
+    checks = block or baseline != study.baselines[0]
+    steps = study.check_steps if checks else study.steps
+    steps = steps_of(study.fine_steps if fine else steps, x, block)
     twins = None
     if baseline == "twin":
         twins = datasets.load_batch(part, "twin", study.how).to(study.device)
     start, end = baselines(x, baseline, twins, study.how)
-    settings = (study.seed, steps, study.batch_size, study.precision, block)
+    known = {} if known is None else known
+    known |= values_of(part, x, target, twins)
+    settings = (study.seed, steps, study.batch_size, study.precision, block, None, known)
     curves = faithfulness(study.model, x, maps, target, list(part["id"]), start, end, *settings)
     records = []
     for metric, by_method in curves.items():
@@ -4088,7 +4607,9 @@ def measure_all(study: Study, rows, folder: str | Path) -> pd.DataFrame:
     for part, count, extra, key in tqdm(
         shards(study, rows), desc=study.arch, unit=" groups of images"
     ):
-        records += runs.cached(folder, key, functools.partial(measure, study, part, count, extra))
+        scored = score_key(vars(study), part.iloc[:count], study.device)
+        work = functools.partial(measure, study, part, count, extra)
+        records += runs.cached(folder, key, work, scored)
     return pd.DataFrame(records)
 
 
@@ -4107,7 +4628,7 @@ def bf16_error(study: Study, rows) -> np.ndarray:
     return np.abs(values["bf16"] - values["float32"])
 
 
-def costs(study: Study, rows, rounds: int = 5) -> pd.DataFrame:
+def costs(study: Study, rows, rounds: int = 3) -> pd.DataFrame:
     """Seconds per image of a map at the input's size, forward pass included, and the ratio to a
     bare forward pass.
 

@@ -3,9 +3,10 @@
 
 Rooms, from the ground up: `pictures` (a file or array as an image), `heads` (what a network's
 output means), `networks` (loading, preprocessing), `folders` (a folder as a table), `datasets`
-(what is done with such a table), `drawing` (the synthetic tissue), `training`, `figures`,
-`settings` (params/default.yaml) and `runs` (a run's folder, its files, the cache). Notebooks reach
-them through the shared module, as in `cc.datasets.read(...)`.
+(what is done with such a table), `drawing` (the synthetic tissue), `ledger` (pictures counted),
+`machine` (what it can do), `training`, `figures`, `settings` (params/default.yaml) and `runs` (a
+run's folder, its files, the cache). Notebooks reach them through the shared module, as in
+`cc.datasets.read(...)`.
 """
 
 from __future__ import annotations

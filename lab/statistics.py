@@ -15,6 +15,7 @@ LOWER_IS_BETTER = {
     "class_spearman",
     "class_ssim",
 }
+RESAMPLED_AT_ONCE = 500_000  # numbers; SciPy holds up to 64 bytes for each
 ROUNDING = (
     1e-6  # what float32 arithmetic in another order may change; a difference below it is none
 )
@@ -71,6 +72,7 @@ def _paired_statistics(value: np.ndarray, base: np.ndarray, seed: int, resamples
     if found["identical"] or len(d) < 2:
         return found
     settings = {"n_resamples": resamples, "rng": np.random.default_rng(seed)}
+    settings["batch"] = max(1, RESAMPLED_AT_ONCE // len(d))  # the same draws, in less memory
     if np.ptp(d) > 1:  # a difference that is the same on all images has no spread
         found["effect"] = d.mean() / d.std(ddof=1)
         interval = bootstrap((d,), np.mean, method="BCa", **settings).confidence_interval

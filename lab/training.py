@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from lab import HOME, datasets, drawing, nearest, networks, sha256, words
+from lab import HOME, datasets, drawing, ledger, nearest, networks, sha256, words
 from lab.networks import torchvision
 
 v2 = torchvision.transforms.v2
@@ -231,6 +231,8 @@ def one_epoch(
         target = target.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=native):
             logits = _logits(model(x))
+        ledger.forward(len(x))
+        ledger.backward(len(x))
         loss = F.cross_entropy(logits, target)
         optimiser.zero_grad()
         loss.backward()
@@ -263,6 +265,7 @@ def predict(model: nn.Module, images: Images, per_pass: int = 32) -> Tensor:
     parts = []
     for x, _ in DataLoader(images, per_pass):
         x = x.to(device, memory_format=torch.channels_last)
+        ledger.forward(len(x))
         parts.append(_logits(model(x)).softmax(1).cpu())
     return torch.cat(parts)
 
@@ -481,13 +484,14 @@ def on_folder(run) -> pd.DataFrame:
         left = len(frame) - len(rows)
         print(f"{left} images left out: without a label, or beside train/ val/ test/")
     file = Path(run.weights)
-    key = training_key(rows, names, arch, s.epochs, s.batch_size, s.seed)
+    batch_size = min(s.batch_size, 8)  # with a GPU's 64, a small folder has too few steps in it
+    key = training_key(rows, names, arch, s.epochs, batch_size, s.seed)
     if known(file).get("key") == key:
         print(f"{file} comes from the same training and is reused; delete it to train again.")
         return rows
     model, start, size = starting_point(arch, len(names), s.seed)
     how = networks.as_preprocessing(size)
-    recipe = Recipe(((how.size[0], s.epochs),), 1e-3, 4 * s.batch_size, mirrored_and_shifted)
+    recipe = Recipe(((how.size[0], s.epochs),), 1e-3, 4 * batch_size, mirrored_and_shifted)
     images = {split: from_table(part, len(names), how) for split, part in rows.groupby("split")}
     history, *states = learn(
         model, recipe, images["train"], images["val"], s.seed, run.device, s.batch_size

@@ -10,6 +10,7 @@ bytes of its images.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import io
 import itertools
@@ -51,9 +52,10 @@ class Order:
     asked: Mapping  # what the worker has to be like, see `lab.runs.numerics`, and its code
 
 
-def measure_group(order: Order, rows, count: int, extra: int) -> list[dict]:
-    """The records of a group, equal to those of the client to the last bit; RuntimeError on a
-    worker that cannot promise this. It computes with the client's number of threads.
+def measure_group(order: Order, rows, count: int, extra: int) -> tuple[list[dict], dict]:
+    """The records of a group, equal to those of the client to the last bit, and the pictures that
+    they cost; RuntimeError on a worker that cannot promise this. It computes with the client's
+    number of threads.
     """
     with one_at_a_time:
         torch.set_num_threads(order.asked["threads"])
@@ -63,7 +65,8 @@ def measure_group(order: Order, rows, count: int, extra: int) -> list[dict]:
         for column in files_of(rows):
             rows = rows.assign(**{column: [io.BytesIO(b) if b else "" for b in rows[column]]})
         study = replace(order.study, model=networks[order.network])
-        return cc.measure(study, rows, count, extra)
+        before = cc.ledger.counts()
+        return cc.measure(study, rows, count, extra), cc.ledger.since(before)
 
 
 def refuse_others(name: str, has: Mapping, asked: Mapping) -> None:
@@ -98,15 +101,21 @@ def measure_study(study: cc.Study, rows, folder: Path, scheduler: str) -> None:
     if not missing:
         return
     found = remote(study, missing, scheduler)
-    for key, records in tqdm(found, desc=study.arch, total=len(missing), unit=" groups of images"):
-        cc.runs.cached(folder, key, lambda records=records: records)
+    for key, work in tqdm(found, desc=study.arch, total=len(missing), unit=" groups of images"):
+        cc.runs.cached(folder, key, functools.partial(count_in, *work))
+
+
+def count_in(records: list[dict], pictures: Mapping[str, int]) -> list[dict]:
+    """The records, whose pictures a worker scored for this run."""
+    cc.ledger.add(pictures)
+    return records
 
 
 def remote(
     study: cc.Study, shards: Sequence[Shard], scheduler: str
-) -> Iterator[tuple[Mapping, list[dict]]]:
-    """(key, records) of each group as the workers finish it; the group of a worker that is lost is
-    given to another one.
+) -> Iterator[tuple[Mapping, tuple[list[dict], dict]]]:
+    """(key, (records, pictures)) of each group as the workers finish it; the group of a worker that
+    is lost is given to another one.
     """
     with connect(scheduler) as client:
         check_versions(client)
@@ -204,7 +213,7 @@ def packed_code() -> bytes:
 
 def as_they_finish(
     client, order: Order, shards: Sequence[Shard]
-) -> Iterator[tuple[Mapping, list[dict]]]:
+) -> Iterator[tuple[Mapping, tuple[list[dict], dict]]]:
     """Send the groups, twice as many at a time as there are workers' threads: none waits, and not
     all have to fit into memory at once.
     """
@@ -227,8 +236,8 @@ def as_they_finish(
 
     waiting = iter(shards)
     send(itertools.islice(waiting, 2 * sum(client.nthreads().values())))
-    for future, records in ready:
-        yield keys.pop(future.key), records
+    for future, work in ready:
+        yield keys.pop(future.key), work
         send(itertools.islice(waiting, 1))
 
 

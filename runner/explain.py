@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import base64
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -119,9 +120,9 @@ def ask(values: Mapping[str, object]) -> Asked:
     import torch
 
     import cam_core as cc
+    from lab import machine
 
-    if values["threads"]:
-        torch.set_num_threads(values["threads"])
+    torch.set_num_threads(machine.threads(values["threads"]))
     try:
         model, info = load(values)
         names = info["class_names"]
@@ -453,8 +454,9 @@ def rank(target: int | None, order: Sequence[int]) -> int:
     return order.index(target) if target in order else len(order)
 
 
-def write_page(out: Path) -> None:
-    """Write index.html, in one step."""
+@functools.cache  # compiling takes as long as an eighth of a forward pass
+def template():
+    """The page's template, with what does not change from page to page filled in."""
     import jinja2
 
     source = TEMPLATE.read_text("utf-8")
@@ -464,12 +466,14 @@ def write_page(out: Path) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"shown": printable, "number": number}
-    page = environment.from_string(source).render(
-        sections=sections(out),
-        policy=f"{policy}; style-src 'sha256-{digest}'",
-        generator=GENERATOR,
-    )
+    fixed = {"policy": f"{policy}; style-src 'sha256-{digest}'", "generator": GENERATOR}
+    environment.globals |= {"shown": printable, "number": number} | fixed
+    return environment.from_string(source)
+
+
+def write_page(out: Path) -> None:
+    """Write index.html, in one step."""
+    page = template().render(sections=sections(out))
     unfinished = out / ".index.new"
     unfinished.write_text(page, "utf-8")
     unfinished.replace(out / "index.html")

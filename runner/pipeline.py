@@ -1,11 +1,12 @@
 """Run the notebooks in order through papermill, and put the results in place once all of them have
 succeeded.
 
-Parameters are checked against params/default.yaml before the first notebook starts. A run writes
-into a fresh folder beside its target (results/default.unfinished-PID), which takes the target's
-place at the end. With --only and --from the results of the other notebooks are kept, except of
-those that read what is made anew: 01 feeds all the others, 04 feeds 05. manifest.json tells the run
-and the parameters behind each notebook's results. Files that you name are looked for where you
+Parameters are checked against params/default.yaml before the first notebook starts, and the run
+says about how long it will take on this machine (runner/estimate.py). It writes into a fresh
+folder beside its target (results/default.unfinished-PID), which takes the target's place at the
+end. With --only and --from the results of the other notebooks are kept, except of those that read
+what is made anew: 01 feeds all the others, 04 feeds 05. manifest.json tells the run and the
+parameters behind each notebook's results. Files that you name are looked for where you
 stand, then in the repository; a relative results folder lies in the repository. With --check the
 results are compared (runner/check.py) with results/reference/NAME, NAME being that of the parameter
 file of -f, or else "default". Exit codes: 0 done, 1 a notebook failed, a file could not be written
@@ -42,12 +43,13 @@ from typing import NoReturn
 from filelock import FileLock, Timeout
 
 from lab import HOME, settings, sha256
-from runner import check, parameters
+from runner import check, estimate, parameters, progress
 from runner.parameters import refuse
 
 # Which notebooks read what a notebook writes.
 READERS = {"01": ("02", "03", "04", "05"), "04": ("05",)}
 MEASURE = "from runner import cluster; cluster.main()"  # in a process of its own, as kernels are
+PROGRESS = "progress.json"  # in the kernels' folder: the pictures that one has scored so far
 PATHS = ("arch", "data_dir", "dataset", "weights")  # settings that may name a file or a folder
 
 
@@ -288,6 +290,7 @@ def prepare_kernels(folder: Path, run: str) -> None:
         if name.startswith(("MPLB", "MATPLOTLIBRC")):
             del os.environ[name]
     os.environ["HYBRID_CAM_RUN"] = run
+    os.environ["HYBRID_CAM_PROGRESS"] = str(folder / PROGRESS)
     os.environ["PYTHONHASHSEED"] = "0"
     os.environ["JUPYTER_PATH"] = str(folder)
     os.environ["IPYTHONDIR"] = str(folder / "ipython")
@@ -303,7 +306,6 @@ def execute(path: Path, output: Path, values: Mapping[str, object]) -> None:
     """
     import papermill
 
-    bar = {"desc": path.stem, "unit": "cell", "leave": False} if sys.stderr.isatty() else False
     # The kernel's address and key lie where they go with the run's folder.
     tempfile.tempdir = os.environ["JUPYTER_PATH"]
     try:
@@ -315,7 +317,7 @@ def execute(path: Path, output: Path, values: Mapping[str, object]) -> None:
             language="python",
             cwd=HOME,
             start_timeout=300,
-            progress_bar=bar,
+            progress_bar=False,  # of cells, of which some take a thousand times as long as others
         )
     except papermill.PapermillExecutionError as error:
         fail(path, output, *raised(error))
@@ -417,10 +419,18 @@ def run_notebooks(plan: Plan, fresh: Path, begin: float) -> None:
     print(f"Run {run} into {plan.target}{beside}", flush=True)
     manifest = {"run": run, **circumstances(), "notebooks": entries}
     prepare_kernels(fresh / ".kernel", run)
+    machine, expected = look_ahead(plan)
+    if machine is not None:
+        manifest["machine"] = machine
     for count, stem in enumerate(plan.chosen, 1):
-        print(f"[{count}/{len(plan.chosen)}] {stem}", flush=True)
+        here = expected.get(stem)
+        about = f", about {estimate.in_words(here.seconds)}" if here else ""
+        print(f"[{count}/{len(plan.chosen)}] {stem}{about}", flush=True)
         before = hashes_of(fresh)
-        entries[stem] = run_one(plan, stem, fresh, run)
+        with progress.bar(stem, here, fresh / ".kernel" / PROGRESS):
+            entries[stem] = run_one(plan, stem, fresh, run)
+        if here:
+            entries[stem]["estimate"] = round(here.seconds, 1)
         for name, digest in hashes_of(fresh).items():
             if before.get(name) != digest:
                 owners[name] = stem
@@ -434,6 +444,26 @@ def run_notebooks(plan: Plan, fresh: Path, begin: float) -> None:
     write_manifest(fresh, manifest, owners)
 
 
+def look_ahead(plan: Plan) -> tuple[dict | None, dict[str, estimate.Expected]]:
+    """Say how long the run will take. Returns what this machine is (None where it could not be
+    asked) and what is expected of each notebook.
+    """
+    asking = estimate.ask(plan.parameters)
+    importlib.import_module("papermill")  # meanwhile, on another core; it is needed soon
+    machine = estimate.answer(asking)
+    if machine is None:
+        return None, {}
+    expected = {}
+    for stem in plan.chosen:
+        expected[stem] = estimate.expected_of(stem, plan.parameters[stem], machine)
+    data = HOME / Path(plan.parameters[plan.chosen[0]]["data_dir"])
+    less = any((data / "cache").glob("*")) or bool(plan.values.get("scheduler"))
+    print(estimate.in_a_line(expected, machine, less), flush=True)
+    if machine["note"]:
+        print(machine["note"], flush=True)
+    return machine, expected
+
+
 def run_one(plan: Plan, stem: str, fresh: Path, run: str) -> dict:
     """Run one notebook and finish its copy. Returns its entry in the manifest."""
     path = plan.notebooks[stem]
@@ -443,6 +473,9 @@ def run_one(plan: Plan, stem: str, fresh: Path, run: str) -> dict:
         measure_on_cluster(plan.values["scheduler"], parameters.given_to(stem, plan.values, fresh))
     execute(path, output, parameters.for_papermill(path, plan.values, fresh))
     entry = {"run": run, "seconds": round(time.monotonic() - begin, 1), "sha256": sha256(path)}
+    pictures = progress.counts(fresh / ".kernel" / PROGRESS)
+    if pictures:
+        entry["pictures"] = pictures
     resolved = fresh / "resolved.json"
     if resolved.is_file():  # what the parameters came to, written by the notebook
         entry["resolved"] = json.loads(resolved.read_text("utf-8"))
@@ -471,8 +504,12 @@ def add_report(fresh: Path, manifest: Mapping, target: Path) -> None:
 
 def print_done(plan: Plan, seconds: float) -> None:
     """Tell where the results are and what to open first."""
-    count = len(check.manifest_of(plan.target)["files"])
-    print(f"Done in {seconds:.0f} s: {count} files in {plan.target}. Look first at")
+    manifest = check.manifest_of(plan.target)
+    entries = [manifest["notebooks"][stem] for stem in plan.chosen]
+    scored = sum(entry.get("pictures", {"forward": 0})["forward"] for entry in entries)
+    pictures = f", scored {scored:,} pictures" if scored else ""
+    count = len(manifest["files"])
+    print(f"Done in {seconds:.0f} s{pictures}: {count} files in {plan.target}. Look first at")
     for name in ("report.html", f"notebooks/{plan.chosen[-1]}.html", "summary.csv", "figures"):
         if (plan.target / name).exists():
             print(f"  {plan.target / name}", flush=True)

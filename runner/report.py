@@ -713,7 +713,7 @@ def costs_part(run: Run) -> list[dict]:
         where = f"{cost.device.iloc[0]}, batches of {cost.batch.iloc[0]}"
         caption = (
             "Per image, forward pass included, and in units of a bare forward pass "
-            f"({where}): medians of five interleaved rounds (no interval)."
+            f"({where}): medians of three interleaved rounds (no interval)."
         )
         names = {"seconds": "seconds per image", "ratio": "in forward passes"}
         tables.append(plain_table(cost.drop(columns=["device", "batch"]), caption, ".4f", names))
@@ -751,7 +751,7 @@ def provenance_part(run: Run) -> dict:
             facts.append((key, run.fusion[name]))
     threads = {entry["parameters"].get("threads", 0) for entry in notebooks.values()}
     if threads:
-        words = ["torch's default" if count == 0 else str(count) for count in sorted(threads)]
+        words = ["all that it may use" if count == 0 else str(count) for count in sorted(threads)]
         facts.append(("threads", ", ".join(words)))
     facts += [
         (key, str(manifest[key])) for key in ("cpus", "python", "platform") if key in manifest

@@ -1,5 +1,5 @@
-"""Make docs/results.md and the results in README.md from results/reference/: `python -m
-runner.results`.
+"""Make docs/results.md, docs/speed.md and the results in README.md from results/reference/: `python
+-m runner.results`.
 
 Every sentence about results comes from `lab.sentences`, so it says what the numbers allow.
 """
@@ -13,6 +13,7 @@ import pandas as pd
 
 import cam_core as cc
 from lab import HOME
+from runner import speed
 
 REFERENCE = HOME / "results" / "reference"
 BEGIN, END = "<!-- made by python -m runner.results -->", "<!-- until here -->"
@@ -97,7 +98,8 @@ def main() -> None:
     readme = HOME / "README.md"
     readme.write_text(with_results(readme.read_text("utf-8")), "utf-8")
     (HOME / "docs" / "results.md").write_text(results_page(), "utf-8")
-    print("README.md and docs/results.md are made anew from results/reference/.")
+    (HOME / "docs" / "speed.md").write_text(speed.speed_page(), "utf-8")
+    print("README.md, docs/results.md and docs/speed.md are made anew from results/reference/.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ for place in (1, 2, os.dup(2)):
     atexit.register(os.write, place, b"words after the end")
     os.write(place, b"words beside the notebook")
 """
-DATA = """save("tables/01_data.csv", f"n_test,seed,run\\n{settings.get('n_test')},{seed},{run}\\n")
+DATA = """if "HYBRID_CAM_PROGRESS" in os.environ:
+    Path(os.environ["HYBRID_CAM_PROGRESS"]).write_text('{"forward": 1234, "backward": 5}')
+save("tables/01_data.csv", f"n_test,seed,run\\n{settings.get('n_test')},{seed},{run}\\n")
 print(sys.executable, os.getcwd(), sys.flags.hash_randomization, out)
 print(sorted(name for name in os.environ if name.startswith("MPL")))
 """
@@ -71,6 +73,7 @@ def make_repository(root):
         shutil.copytree(
             REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__")
         )
+    (root / "lab/machine.py").write_text("")  # it cannot be asked, which is quick
     (root / "results").mkdir()
     (root / "data/checkpoints").mkdir(parents=True)
     (root / "data/checkpoints/net.pth").write_bytes(b"weights")

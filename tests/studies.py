@@ -49,3 +49,13 @@ def toy_images(folder, count):
             Image.fromarray(pixels).save(row[column])
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def seen_by(model, rows):
+    """The rows with what `measurable` finds out: p_image and p_twin, of their targets."""
+    target = np.array(rows["target"])
+    found = {}
+    for name, column in (("p_image", "file"), ("p_twin", "twin")):
+        p = cc.probabilities(model, cc.datasets.load_batch(rows, column, SIZE)).cpu().numpy()
+        found[name] = p[np.arange(len(rows)), target]
+    return rows.assign(**found)

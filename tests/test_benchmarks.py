@@ -41,7 +41,7 @@ def faithfulness(importable):
 
 
 def test_the_maps_of_all_packages_are_equal_and_not_zero(cam):
-    made = cam.make_contenders("resnet18", "layer2 + layer4", 1, "channels_last")
+    made = cam.make_contenders("resnet18", "layer2 + layer4", 1)
     differs = cam.compare_maps(made)
     assert set(differs) == set(cam.PAIRS) and max(differs.values()) < 1e-4
     a, b, hybrids = made["ours: both maps, 21 hybrids"]()
@@ -58,7 +58,7 @@ def test_unequal_maps_end_the_benchmark(cam):
 
 def test_the_areas_of_all_codes_are_equal_and_no_picture_is_scored_twice(faithfulness):
     """Two curves share both ends: 2 (steps - 1) + 1 pictures of an image, and grey ones."""
-    given = faithfulness.setting("squeezenet1_1", "channels_last", torch.device("cpu"), 2)
+    given = faithfulness.setting("squeezenet1_1", torch.device("cpu"), 2)
     model, _, target, _ = given
     with faithfulness.counted(model) as sizes:
         areas = [faithfulness.ours(*given, 4)]
@@ -70,10 +70,34 @@ def test_the_areas_of_all_codes_are_equal_and_no_picture_is_scored_twice(faithfu
         assert max(means) - min(means) < 1e-5 and means[0] > 0.01
 
 
+def test_the_curves_of_quantus_are_ours(faithfulness):
+    pytest.importorskip("quantus", reason="optional, see tests/benchmarks/faithfulness.py")
+    given = faithfulness.setting("squeezenet1_1", torch.device("cpu"), 2, size=60)
+    own = faithfulness.our_deletion(*given, 6)
+    assert own.shape == (2, 6) and own.std() > 0.01
+    assert torch.allclose(faithfulness.pixel_flipping(*given, 6).float(), own, atol=1e-5)
+
+
+def test_the_imputed_images_of_all_codes_are_equal(faithfulness):
+    _, x, _, maps = faithfulness.setting("squeezenet1_1", torch.device("cpu"), 2, size=64)
+    removed = faithfulness.removed_pixels(maps)
+    shares = removed.float().mean((1, 2))
+    assert shares[[0, 2, 35]].tolist() == pytest.approx([0.1, 0.1, 0.9], abs=1e-3)
+    own = faithfulness.our_imputation(x, removed)
+    assert torch.allclose(faithfulness.their_imputation(x, removed), own, atol=1e-4)
+
+
+def test_unequal_results_end_the_benchmark(faithfulness):
+    with pytest.raises(SystemExit, match="unequal"):
+        faithfulness.must_be_equal({"ours": 0.0, "theirs": 2e-5}, 1e-5, "curves")
+    with pytest.raises(SystemExit, match="unequal"):
+        faithfulness.must_be_equal({"theirs": float("nan")}, 1e-5, "curves")
+
+
 def test_what_the_backward_pass_keeps(cam, timing):
     """At the last layer of ResNet-18 less than a MiB for an image; a peer holds all layers."""
     names = ["ours: both maps", "TorchCAM: both maps, sharing a pass"]
-    made = cam.make_contenders("resnet18", "layer4", 1, "channels_last", only=names)
+    made = cam.make_contenders("resnet18", "layer4", 1, only=names)
     ours, theirs = (timing.bytes_for_backward(made[name]) / 2**20 for name in names)
     assert 0 < ours < 1 and theirs > 20 * ours
 

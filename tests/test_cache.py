@@ -97,14 +97,14 @@ def test_records_that_are_not_plain_leave_nothing(tmp_path):
 
 def test_a_write_that_is_cut_off_does_not_count(tmp_path, monkeypatch):
     """A full disk, or a stop while the file is written: what lies there is taken for no result."""
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def half(self, text, *args, **kwargs):
-        write(self, text[: len(text) // 2], *args, **kwargs)
+    def half(self, content):
+        write(self, content[: len(content) // 2])
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises(OSError, match="No space"):
             cc.runs.cached(tmp_path, {"k": 1}, Maker(RECORDS))
     assert not list(tmp_path.glob("*.json"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from nets import images, resnet18, state, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cam_core as cc
 
@@ -326,6 +327,34 @@ def test_nothing_in_front_of_the_captured_layer_is_kept_for_backward():
     ordinary = bytes_saved(lambda: net(x)[:, 0].sum().backward())
     behind = net.fc.weight.nbytes + 4 * 2 * 512 * 2 * 2  # the classifier and layer4's map
     assert 0 < kept <= behind + 4096 < ordinary / 50
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions, forward, backward, and backward to their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.backward = self.to_weights = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten.convolution.default:
+            self.forward += 1
+        if operation is torch.ops.aten.convolution_backward.default:
+            self.backward += 1
+            self.to_weights += any(
+                args[-1][1:]
+            )  # the mask of what is asked for: input, weight, bias
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("layers", "behind"), [(["layer2", "layer4"], 10), (["layer4"], 0)])
+def test_one_pass_forward_and_one_back_to_the_first_layer_and_to_no_weight(layers, behind):
+    """This is what a capture costs: ResNet-18 has 20 convolutions, ten of them behind layer2."""
+    net, x = resnet18().requires_grad_(), images(1, (64, 64))
+    cc.capture(net, x, layers, 0)  # a network's first may look at it in passes of its own
+    with Convolutions() as counted:
+        cc.capture(net, x, layers, 0)
+    assert (counted.forward, counted.backward, counted.to_weights) == (20, behind, 0)
 
 
 def tensors_alive() -> int:

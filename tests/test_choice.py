@@ -30,7 +30,8 @@ def planted(winner=HOME, gain=0.05, noise=0.01, n=30, seed=0, end=-0.2, prior=0.
     table = pd.DataFrame(np.repeat(cells, n, axis=0), columns=["layer", "rule", "alpha"])
     table["alpha"] = table["alpha"].astype(float)
     images = [f"val/{i:05d}" for i in range(n)] * len(cells)
-    return table.assign(image=images, kind=np.repeat(kinds, n), criterion=values.ravel())
+    table = table.assign(image=images, kind=np.repeat(kinds, n), points=29)
+    return table.assign(criterion=values.ravel())
 
 
 WINNERS = [

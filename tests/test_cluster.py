@@ -13,7 +13,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from fake import contents
 from PIL import Image
 
 import cam_core as cc
@@ -88,13 +87,21 @@ def cams(monkeypatch):
     torch.set_num_threads(threads)
 
 
+def measured(folder):
+    """{file: key and records} of a cache, to the last digit. Not its pictures: what a process asks
+    a network once counts with its first group.
+    """
+    found = {path.name: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+    return {name: json.dumps([kept["key"], kept["records"]]) for name, kept in found.items()}
+
+
 @pytest.fixture
 def here(values, cams, tmp_path):
     """The cache of a run that measures in this process."""
     run = cc.runs.open(5, **values, data_dir=str(tmp_path / "here"))
     study, rows, _ = cc.open_study(run)
     cc.measure_all(study, rows, tmp_path / "here/cache")
-    return contents(tmp_path / "here/cache")
+    return measured(tmp_path / "here/cache")
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +137,12 @@ def workers(scheduler, tmp_path):
 
 
 @needs_dask
-def test_two_workers_write_the_bytes_of_a_local_run_also_when_one_is_killed(
+def test_two_workers_write_the_numbers_of_a_local_run_also_when_one_is_killed(
     values, here, scheduler, workers, tmp_path, monkeypatch
 ):
     there = tmp_path / "there"
     cluster.fill_cache({**values, "data_dir": str(there)}, scheduler)
-    assert contents(there / "cache") == here and len(here) >= 4
+    assert measured(there / "cache") == here and len(here) >= 4
 
     later = tmp_path / "later"  # another version of the code, and a worker that is lost
     written = []
@@ -154,7 +161,7 @@ def test_two_workers_write_the_bytes_of_a_local_run_also_when_one_is_killed(
     monkeypatch.setattr(cc.runs, "cached", kill_one)
     cluster.fill_cache({**values, "data_dir": str(later)}, scheduler)
     workers[0].wait(10)
-    assert contents(later / "cache") == here
+    assert measured(later / "cache") == here
     assert len(written) == len(set(written)) == len(here), "each group is written once"
 
     cluster.fill_cache({**values, "data_dir": str(later)}, "tcp://127.0.0.1:9")  # all is there

@@ -103,7 +103,7 @@ def test_rise(x):
 
 def test_a_whole_group_of_images(tmp_path, monkeypatch):
     """`measure` and `measurable` as notebook 05 calls them, every picture on the device."""
-    from studies import study_of, toy_images
+    from studies import seen_by, study_of, toy_images
 
     rows = toy_images(tmp_path, 3)
     load = cc.datasets.load_batch
@@ -111,6 +111,7 @@ def test_a_whole_group_of_images(tmp_path, monkeypatch):
         cc.datasets, "load_batch", lambda *given, **how: on_device(load(*given, **how))
     )
     cc.measurable(tiny(3), rows, size=24)
+    rows = seen_by(tiny(3), rows)
     study = study_of(tiny(3), baselines=("twin", "rise"), fine_steps=6, rise_masks=5, n_extra=1)
     records = pd.DataFrame(cc.measure(study, rows, 2, 1))
     assert {"energy", "deletion_fine", "insertion_blocks", "drop"} <= set(records["metric"])

@@ -19,7 +19,7 @@ import nbformat
 import pytest
 from fake import NOISE, contents, make_notebook, make_repository, manifest, run, start
 
-from runner import check, parameters, pipeline, report
+from runner import check, estimate, parameters, pipeline, report
 
 
 def run_cells(path, output, values):
@@ -48,6 +48,8 @@ def home(tmp_path, monkeypatch):
         path.write_text(path.read_text().replace("atexit.register", "print"))
     for module in (pipeline, parameters):
         monkeypatch.setattr(module, "HOME", root)
+    monkeypatch.setattr(estimate, "ask", lambda parameters: None)
+    monkeypatch.setattr(estimate, "answer", lambda asking: MACHINE)
     monkeypatch.setattr(pipeline, "prepare_kernels", prepare)
     monkeypatch.setattr(pipeline, "execute", run_cells)
     monkeypatch.setattr(report.cc.sentences, "read_tables", lambda folder: {})
@@ -55,6 +57,17 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     pipeline.portable.cache_clear()
     return root
+
+
+MACHINE = {
+    "cores": 1,
+    "device": "cpu",
+    "precision": "float32",
+    "note": "precision: a note",
+    "plain": 0.1,
+    "seconds_per_picture": {"float32": 0.1, "scoring": 0.1},
+    "images": {"train": 800, "val": 150, "test": 300, "to_draw": 0, "twins": True},
+}
 
 
 @pytest.fixture
@@ -485,6 +498,41 @@ def test_commit_and_dirty_flag(home, tmp_path):
     assert [pipeline.circumstances()[name] for name in ("commit", "dirty")] == [commit, False]
     (home / "cam_core.py").write_text("changed")
     assert [pipeline.circumstances()[name] for name in ("commit", "dirty")] == [commit, True]
+
+
+# ---- how long it takes
+
+
+def test_a_run_says_first_how_long_it_takes_and_the_manifest_tells_what_it_was(home, call):
+    done = call("--from", "04")
+    lines = done.out.splitlines()
+    assert lines[1].startswith("About ") and " on this machine (1 core, 10.0 pictures/s" in lines[1]
+    assert [part[:3] for part in lines[1].partition("): ")[2].split(", ")] == ["04 ", "05 "]
+    assert lines[2] == MACHINE["note"]
+    assert lines[3].startswith("[1/2] 04_choice, about ")
+    record = manifest(home / "results/default")
+    assert record["machine"] == MACHINE
+    for stem, entry in record["notebooks"].items():
+        expected = estimate.expected_of(stem, entry["parameters"], MACHINE)
+        assert entry["estimate"] == pytest.approx(expected.seconds, abs=0.1)
+    (home / "data/cache").mkdir()
+    (home / "data/cache/finished.json").write_text("{}")
+    assert "\nAt most about " in call().out
+
+
+def test_what_a_kernel_counted_goes_into_the_manifest_and_the_last_line(finished):
+    _, process, target = finished
+    entries = manifest(target)["notebooks"]
+    assert entries["01_data"]["pictures"] == {"forward": 1234, "backward": 5}
+    assert "pictures" not in entries["04_choice"], "each notebook has its own"
+    assert "scored 1,234 pictures" in process.out
+
+
+def test_a_machine_that_cannot_be_asked_stops_no_run(finished):
+    """That of this repository cannot."""
+    _, process, target = finished
+    assert "on this machine" not in process.out and "machine" not in manifest(target)
+    assert "[1/3] 01_data\n" in process.out
 
 
 # ---- the end of a run

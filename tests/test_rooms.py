@@ -70,3 +70,10 @@ def test_notebooks_are_sources(repo):
         assert set(found.groups()) == {".", ".."}, f"{path.name}: it starts from both places"
         run = [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None]
         assert not run, f"{path.name}: strip it with nbstripout"
+
+
+def test_no_function_of_a_room_hides_another_of_the_same_name(repo):
+    for room in ("lab", "cam_core", "runner"):
+        for file, source in sources(repo, room).items():
+            names = [node.name for node in ast.parse(source).body if hasattr(node, "name")]
+            assert len(names) == len(set(names)), file

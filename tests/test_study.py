@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 import torch
 from nets import strong
-from studies import LAYERS, SIZE, study_of, toy_images
+from studies import LAYERS, SIZE, seen_by, study_of, toy_images
 
 import cam_core as cc
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return toy_images(tmp_path_factory.mktemp("images"), 5)
+    return seen_by(strong(), toy_images(tmp_path_factory.mktemp("images"), 5))
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +229,31 @@ def test_areas_begin_with_one_cell():
     assert cc.area_groups(areas, 0.02).tolist() == ["≤ 1 cell", "≤ 5%", "≤ 10%", "> 10%"]
     assert cc.area_groups(areas, 0.06).tolist() == ["≤ 1 cell", "≤ 1 cell", "≤ 10%", "> 10%"]
     assert cc.area_groups(areas, 0.2).tolist() == ["≤ 1 cell", "≤ 1 cell", "≤ 1 cell", "> 20%"]
+
+
+def test_no_picture_of_a_group_is_scored_twice(study, rows, tmp_path):
+    """Whatever curve, unit or baseline asks for it; and what a run has scored another one knows."""
+    scored = []
+
+    def seen(module, inputs):
+        scored.extend(zip(cc.picture_codes(inputs[0]).tolist(), strict=True))
+
+    both = replace(study, baselines=("twin", "black"), n_extra=2, fine_steps=8)
+    rows = seen_by(
+        both.model, rows[:3].assign(target=1)
+    )  # asked for one class, black is one picture
+    with both.model.register_forward_pre_hook(seen):
+        cc.explain_rows(both, rows, 0, 2)
+        maps = len(scored)
+        x, target, found = cc.explain_rows(both, rows, 0, 2)
+        scored.clear()
+        cc.mask_out(both, rows.iloc[:2], x, target, found)
+        masked = len(scored)
+        scored.clear()
+        cc.measure_all(both, rows[:2], tmp_path)
+        curves = scored[maps + masked :]
+        assert len(curves) == len(set(curves)) > 100
+        scored.clear()
+        fewer = tuple(m for m in both.methods if m != "centre")
+        cc.measure_all(replace(both, methods=fewer), rows[:2], tmp_path)
+        assert len(scored) == maps + masked - 2, "maps and what they leave, and no curve"

@@ -2,12 +2,13 @@
 packages.
 
     PYTHONPATH=. python tests/benchmarks/cam.py \
-        [--arch resnet18,resnet50] [--batch 1,16] [--repetitions 5]
+        [--arch resnet18,resnet50] [--batch 1,8] [--repetitions 5]
         [--threads N] [--device cpu] [--out FOLDER]
 
-Each contender gets the same images, weights, targets and memory layout, and a copy of the network
-of its own, used as its documentation shows. Maps are compared before anything is timed: a ratio
-stands only beside equal maps. Writes cam.csv, cam_memory.csv, cam_start.csv and cam.png to --out.
+Each contender gets the same images, weights, targets and memory layout (channels-last, in which
+networks are loaded), and a copy of the network of its own, used as its documentation shows. Maps
+are compared before anything is timed: a ratio stands only beside equal maps. Writes cam.csv,
+cam_memory.csv, cam_start.csv and cam.png to --out.
 """
 
 import argparse
@@ -44,14 +45,14 @@ def network(arch):
     return cc.networks.torchvision.models.get_model(arch, weights=None).eval()
 
 
-def pictures(count, layout, device):
-    """Smooth noise, as preprocessed images: (count, 3, 224, 224)."""
+def pictures(count, device, size=224):
+    """Smooth noise, as preprocessed images: (count, 3, size, size)."""
     draw = torch.Generator().manual_seed(0)
     coarse = torch.randn(count, 3, 14, 14, generator=draw)
     x = torch.nn.functional.interpolate(
-        coarse, size=(224, 224), mode="bicubic", align_corners=False
+        coarse, size=(size, size), mode="bicubic", align_corners=False
     )
-    return x.to(device).contiguous(memory_format=timing.LAYOUTS[layout])
+    return x.to(device, memory_format=torch.channels_last)
 
 
 def our_maps(model, x, depth, target):
@@ -70,11 +71,11 @@ def with_hybrids(model, x, depth, target):
     return a, b, [cc.hybrid(a, b, alpha, size) for alpha in ALPHAS]
 
 
-def make_contenders(arch, depth, batch, layout, device="cpu", only=None):
+def make_contenders(arch, depth, batch, device="cpu", only=None):
     """{name: function without arguments}; the targets are classes whose maps are not zero."""
     device = torch.device(device)
-    original = network(arch).to(device, memory_format=timing.LAYOUTS[layout])
-    x, (deep, shallow) = pictures(batch, layout, device), DEPTHS[depth]
+    original = network(arch).to(device, memory_format=torch.channels_last)
+    x, (deep, shallow) = pictures(batch, device), DEPTHS[depth]
     target = visible_targets(original, x, depth)
     made = {}
     for name, make in CONTENDERS.items():
@@ -259,8 +260,8 @@ import torchvision
 
 
 def draw(table, file, device):
-    """Ratios to the bare forward pass in the faster layout, for the largest batch."""
-    shown = table[(table["layout"] == "channels_last") & (table["batch"] == table["batch"].max())]
+    """Ratios to the bare forward pass, for the largest batch."""
+    shown = table[table["batch"] == table["batch"].max()]
     groups = list(shown.groupby(["arch", "depth"], sort=False))
     fig, axes = plt.subplots(
         1, len(groups), figsize=(3.0 * len(groups) + 2.2, 3.2), sharey=True, sharex=True
@@ -287,19 +288,16 @@ def draw(table, file, device):
             xlim=(0, 1.2 * shown["high"].max()),
         )
         ax.invert_yaxis() if ax is np.atleast_1d(axes)[0] else None
-    fig.suptitle(
-        f"Time of an explanation, batch of {shown['batch'].max()} images, {device.type}, "
-        "channels-last layout"
-    )
+    fig.suptitle(f"Time of an explanation, batch of {shown['batch'].max()} images, {device.type}")
     fig.savefig(file, dpi=150)
     print(f"-> {file}")
 
 
-def compare_speed(arch, depth, batch, layout, repetitions, device):
+def compare_speed(arch, depth, batch, repetitions, device):
     """Every contender's time beside the bare forward pass, and each peer's beside what of ours
     returns the same.
     """
-    made = make_contenders(arch, depth, batch, layout, device)
+    made = make_contenders(arch, depth, batch, device)
     differs = compare_maps(made)
     times = timing.repeat(made, repetitions, device)
     found = timing.ratios(times, "bare forward pass").set_index("name")
@@ -309,7 +307,7 @@ def compare_speed(arch, depth, batch, layout, repetitions, device):
             ["ratio", "low", "high"]
         ].to_list()
         found.loc[peer, "largest_difference"] = differs[peer]
-    return found.reset_index().assign(arch=arch, depth=depth, batch=batch, layout=layout)
+    return found.reset_index().assign(arch=arch, depth=depth, batch=batch)
 
 
 def compare_memory(arch, depth, device, batch=8):
@@ -319,9 +317,9 @@ def compare_memory(arch, depth, device, batch=8):
     rows = []
     for name in CONTENDERS:
         held = timing.bytes_for_backward(one_contender(arch, depth, name, device)) / 2**20
-        grown = (
-            timing.peak_growth(one_contender, arch, depth, name) if device.type == "cpu" else np.nan
-        )
+        grown = np.nan
+        if device.type == "cpu":
+            grown, _ = timing.alone(one_contender, arch, depth, name)
         rows.append(
             dict(arch=arch, depth=depth, batch=batch, name=name, held_mib=held, peak_mib=grown)
         )
@@ -329,34 +327,29 @@ def compare_memory(arch, depth, device, batch=8):
 
 
 def one_contender(arch, depth, name, device="cpu"):
-    return make_contenders(arch, depth, 8, "channels_last", device, [name])[name]
+    return make_contenders(arch, depth, 8, device, [name])[name]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--arch", default="resnet18,resnet50")
-    parser.add_argument("--batch", default="1,16")
+    parser.add_argument("--batch", default="1,8")
     args, device = timing.start(parser, 5)
     archs, batches = args.arch.split(","), [int(b) for b in args.batch.split(",")]
-    rows, memory = [], []
-    for arch, depth in itertools.product(archs, DEPTHS):
-        for batch, layout in itertools.product(batches, timing.LAYOUTS):
-            rows.append(compare_speed(arch, depth, batch, layout, args.repetitions, device))
-            print(f"\n{arch}, {depth}, batch {batch}, {layout}")
-            print(
-                rows[-1]
-                .drop(columns=["to", "arch", "depth", "batch", "layout"])
-                .round(3)
-                .to_string(index=False)
-            )
-        memory.append(compare_memory(arch, depth, device))
-        print(f"\n{arch}, {depth}, batch 8: MiB held for the backward pass, growth of the peak")
-        print(
-            memory[-1].drop(columns=["arch", "depth"]).round(1).to_string(index=False), flush=True
-        )
+    rows = []
+    for arch, depth, batch in itertools.product(archs, DEPTHS, batches):
+        # one image is quick, and its times scatter more
+        rounds = args.repetitions * (4 if batch == 1 else 1)
+        rows.append(compare_speed(arch, depth, batch, rounds, device))
+        print(f"\n{arch}, {depth}, batch {batch}")
+        shown = rows[-1].drop(columns=["to", "arch", "depth", "batch"])
+        print(shown.round(3).to_string(index=False), flush=True)
     table = pd.concat(rows, ignore_index=True)
     timing.save(table, args.out / "cam.csv", device)
-    timing.save(pd.concat(memory), args.out / "cam_memory.csv", device)
+    memory = compare_memory(archs[-1], "layer4", device)
+    print(f"\n{archs[-1]}, layer4, batch 8: MiB held for the backward pass, growth of the peak")
+    print(memory.drop(columns=["arch", "depth"]).round(1).to_string(index=False), flush=True)
+    timing.save(memory, args.out / "cam_memory.csv", device)
     other = [timing.ratios(slider_times(args.repetitions), "slider")]
     other.append(timing.ratios(import_times(args.repetitions), "torch and torchvision"))
     print("\n" + pd.concat(other).round(3).to_string(index=False))

@@ -1,19 +1,21 @@
-"""How long insertion and deletion curves take, beside bare forward passes of as many pictures and
-two other codes.
+"""How long the metrics take that score many pictures, beside bare forward passes of as many and the
+codes of others: insertion and deletion curves, deletion alone, and ROAD.
 
     PYTHONPATH=. python tests/benchmarks/faithfulness.py \
-        [--arch resnet18] [--steps 28,224] [--repetitions 3]
+        [--arch resnet18] [--steps 28] [--repetitions 5]
         [--threads N] [--device cpu] [--out FOLDER]
 
-Eight images, one map each, without ties, so that there is one order of the pixels; the baseline is
-mean grey at both ends. Areas under the curves are compared before anything is timed. Writes
-faithfulness.csv, faithfulness_bf16.csv, growth.csv and faithfulness.png to --out.
+Four images, one map each, without ties, so that there is one order of the pixels; the baseline is
+mean grey at both ends. Areas, curves and imputed images are compared before anything is timed.
+Quantus is measured where it is installed (`pip install --no-deps quantus==0.6.0`: what it asks for
+would put a second OpenCV in the place of the project's). Writes faithfulness.csv,
+faithfulness_bf16.csv, growth.csv and faithfulness.png to --out.
 """
 
 import argparse
 import contextlib
 import functools
-import time
+import unittest.mock
 
 import cam
 import matplotlib.pyplot as plt
@@ -21,31 +23,43 @@ import numpy as np
 import pandas as pd
 import timing
 import torch
+from pytorch_grad_cam.metrics.road import NoisyLinearImputer, ROADCombined
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from timing import cc
 from torchcam.metrics import DeletionInsertionMetric
 
-IMAGES, BATCH = 8, 8
+try:
+    import quantus
+    from quantus.functions.perturb_func import noisy_linear_imputation
+except ImportError:
+    quantus = None
+
+IMAGES, BATCH = 4, 8
 SOFTMAX = functools.partial(torch.softmax, dim=-1)
 
 
-def setting(arch, layout, device, count=IMAGES):
-    """(model, images, targets, maps): the predicted classes, and Grad-CAM with a little noise
-    against ties.
+def setting(arch, device, count=IMAGES, size=224):
+    """(model, images, targets, maps): the predicted classes; of Grad-CAM the order of the pixels
+    alone, in even steps from 1 down, so that no two pixels have the same value.
     """
-    model = cam.network(arch).to(device, memory_format=timing.LAYOUTS[layout])
-    x = cam.pictures(count, layout, device)
+    model = cam.network(arch).to(device, memory_format=torch.channels_last)
+    x = cam.pictures(count, device, size)
+    cc.probabilities(model, torch.cat([x, x]))  # what a network is asked once is asked before
     deep, _ = cc.default_layers(model, x[:1])
     captured = cc.capture(model, x, deep)
-    maps = cc.enlarge(cc.grad_cam(captured.activations[deep], captured.gradients[deep]), (224, 224))
-    noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(1)).to(maps)
-    return model, x, captured.target, cc.normalise(maps + 1e-3 * noise)
+    maps = cc.enlarge(
+        cc.grad_cam(captured.activations[deep], captured.gradients[deep]), x.shape[2:]
+    )
+    ranks = cc.pixel_rank(maps, range(count))
+    return model, x, captured.target, 1 - ranks / ranks[0].numel()
 
 
 def ours(model, x, target, maps, steps, precision="float32"):
     """{metric: areas (images,)}"""
     grey = torch.zeros_like(x)
+    settings = {"steps": steps, "batch_size": BATCH, "precision": precision}
     curves = cc.faithfulness(
-        model, x, {"map": maps}, target, list(range(len(x))), grey, grey, 0, steps, BATCH, precision
+        model, x, {"map": maps}, target, list(range(len(x))), grey, grey, **settings
     )
     return {metric: cc.auc(c["map"]) for metric, c in curves.items()}
 
@@ -122,45 +136,188 @@ def counted(model):
         hook.remove()
 
 
-def compare_speed(arch, layout, steps, repetitions, device):
-    """Each code's time, the pictures it scored, its rate beside bare passes, and its time beside
-    ours.
+def our_deletion(model, x, target, maps, steps):
+    """The curves without their first point, the images themselves: (images, steps)."""
+    ranks = cc.pixel_rank(maps, range(len(x)))[:, None]
+    settings = {"steps": steps, "batch_size": BATCH}
+    return cc.perturbation_curves(model, x, torch.zeros_like(x), ranks, target, **settings)[
+        :, 0, 1:
+    ]
+
+
+def pixel_flipping(model, x, target, maps, steps):
+    """Quantus' deletion, which begins behind the first step. A pixel is as many features as it has
+    channels.
     """
-    given = setting(arch, layout, device)
-    model = given[0]
-    codes = {"ours": ours, "TorchCAM's metric": torchcam_metric, "RISE's loop": reference_loop}
-    areas, pictures = {}, {}
-    for name, code in codes.items():
-        with counted(model) as sizes:
-            areas[name] = code(*given, steps)
-        pictures[name] = sum(sizes)
-    differs = {
-        n: max(abs(np.mean(a[m]) - areas["ours"][m].mean()) for m in a) for n, a in areas.items()
-    }
-    if max(differs.values()) > 1e-5:
-        raise SystemExit(
-            f"areas under the curves differ: {differs}. A ratio would compare unequal things."
-        )
-    bare = pictures["bare forward passes"] = pictures["ours"]
-    made = {"bare forward passes": lambda: forward(model, given[1], bare)}
-    made |= {name: lambda code=code: code(*given, steps) for name, code in codes.items()}
-    times = timing.repeat(made, repetitions, device, warm=True)  # each code ran for its areas
+    features = x[0].numel() // steps
+    metric = quantus.PixelFlipping(
+        features, normalise=False, perturb_baseline=0.0, disable_warnings=True
+    )
+    arrays = {"x_batch": x, "y_batch": target, "a_batch": maps[:, None]}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    how = {"channel_first": True, "batch_size": BATCH, "device": str(x.device)}
+    return torch.from_numpy(np.array(metric(model=model, **arrays, **how)))
+
+
+def removed_pixels(maps):
+    """What ROAD removes, the highest and the lowest 10 % to 90 %: (18 * images, H, W)."""
+    pixels = maps[0].numel()
+    ranks = cc.pixel_rank(maps, range(len(maps)))
+    parts = []
+    for fraction in cc.ROAD_FRACTIONS:
+        cut = round(fraction * pixels)
+        parts += [ranks < cut, ranks >= pixels - cut]
+    return torch.cat(parts)
+
+
+def our_imputation(x, removed):
+    return cc.imputed(x.repeat(len(removed) // len(x), 1, 1, 1), removed, noise=0)
+
+
+def their_imputation(x, removed):
+    """pytorch-grad-cam's, a picture at a time."""
+    impute, kept = NoisyLinearImputer(noise=0), (~removed).float().cpu()
+    x = x.cpu().contiguous()
+    return torch.stack([impute(x[k % len(x)], kept[k]) for k in range(len(kept))])
+
+
+def quantus_imputation(x, removed):
+    """Quantus', a picture at a time."""
+    x, removed = x.cpu().contiguous().numpy(), removed.cpu().numpy()
+    pictures = [
+        noisy_linear_imputation(x[k % len(x)], np.flatnonzero(gone), noise=0)
+        for k, gone in enumerate(removed)
+    ]
+    return torch.from_numpy(np.stack(pictures))
+
+
+def our_road(model, x, target, maps):
+    """What pytorch-grad-cam's ROADCombined gives: (images,)"""
+    curves = cc.road(model, x, {"map": maps}, target, list(range(len(x))), batch_size=BATCH)
+    return cc.road_score(curves)["map"] / 2
+
+
+def their_road(model, x, target, maps):
+    percentiles = [100 - 100 * fraction for fraction in cc.ROAD_FRACTIONS]
+    asked = [ClassifierOutputSoftmaxTarget(k) for k in target.tolist()]
+    return ROADCombined(percentiles)(x, maps.cpu().numpy(), asked, model)
+
+
+def timed(made, pictures, repetitions, device, **about):
+    """Each code's time beside ours, and the rate at which it scores pictures beside bare passes.
+    Every code ran before, when its results were compared.
+    """
+    times = timing.repeat(made, repetitions, device, warm=True)
     table = timing.ratios(times, "ours")
     table["pictures"] = table["name"].map(pictures)
     table["per_s"] = 1e3 * table["pictures"] / table["ms"]
-    per_picture = times.assign(seconds=times["seconds"] / times["name"].map(pictures))
-    rate = timing.ratios(per_picture, "bare forward passes").set_index("name")["ratio"]
-    table["rate_to_bare"] = 1 / table["name"].map(rate)
-    table["auc_difference"] = table["name"].map(differs)
-    return table.assign(arch=arch, layout=layout, steps=steps, images=IMAGES)
+    bare = "bare forward passes"
+    if bare in made:
+        per_picture = times.assign(seconds=times["seconds"] / times["name"].map(pictures))
+        rate = timing.ratios(per_picture, bare).set_index("name")["ratio"]
+        table["rate_to_bare"] = 1 / table["name"].map(rate)
+    return table.assign(**about)
+
+
+def run_once(codes, given):
+    """What each code returns for the same arguments, and how many pictures it scores."""
+    found, pictures = {}, {}
+    for name, code in codes.items():
+        with counted(given[0]) as sizes:
+            found[name] = code(*given)
+        pictures[name] = sum(sizes)
+    return found, pictures
+
+
+def must_be_equal(differs, most, what):
+    """End the benchmark where results lie further apart than `most`."""
+    if not max(differs.values()) <= most:
+        raise SystemExit(f"{what} differ: {differs}. A ratio would compare unequal things.")
+
+
+def beside_bare(codes, given, pictures):
+    """The codes as functions without arguments, and bare passes of as many pictures as ours."""
+    bare = pictures["bare forward passes"] = pictures["ours"]
+    made = {"bare forward passes": lambda: forward(given[0], given[1], bare)}
+    return made | {name: functools.partial(code, *given) for name, code in codes.items()}
+
+
+def compare_areas(arch, steps, repetitions, device):
+    """Insertion and deletion: equal areas, and how long they take."""
+    given = (*setting(arch, device), steps)
+    codes = {"ours": ours, "TorchCAM's metric": torchcam_metric, "RISE's loop": reference_loop}
+    areas, pictures = run_once(codes, given)
+    own = areas["ours"]
+    differs = {n: max(abs(np.mean(a[m]) - own[m].mean()) for m in a) for n, a in areas.items()}
+    must_be_equal(differs, 1e-5, "areas under the curves")
+    made = beside_bare(codes, given, pictures)
+    about = {"metric": "insertion and deletion", "arch": arch, "steps": steps, "images": IMAGES}
+    table = timed(made, pictures, repetitions, device, **about)
+    return table.assign(difference=table["name"].map(differs))
+
+
+def compare_deletion(arch, repetitions, device, size=240, steps=30):
+    """Deletion alone, which Quantus has: equal curves. It wants features, the channels of a pixel
+    each for itself, whose number in a step divides the number of pixels: 30 steps at 240 px do.
+    """
+    given = (*setting(arch, device, size=size), steps)
+    codes = {"ours": our_deletion, "Quantus: PixelFlipping": pixel_flipping}
+    curves, pictures = run_once(codes, given)
+    differs = {name: float((c - curves["ours"]).abs().max()) for name, c in curves.items()}
+    must_be_equal(differs, 1e-5, "deletion curves")
+    made = beside_bare(codes, given, pictures)
+    about = {"metric": "deletion", "arch": arch, "steps": steps, "images": IMAGES}
+    table = timed(made, pictures, repetitions, device, **about)
+    return table.assign(difference=table["name"].map(differs))
+
+
+def compare_imputation(arch, repetitions, device, count=1):
+    """ROAD's pictures without their noise: equal to 1e-4, and how long making them takes."""
+    _, x, _, maps = setting(arch, device, count)
+    removed = removed_pixels(maps)
+    codes = {"ours": our_imputation, "pytorch-grad-cam: imputer": their_imputation}
+    if quantus:
+        codes["Quantus: imputation"] = quantus_imputation
+    found = {name: code(x, removed).cpu() for name, code in codes.items()}
+    differs = {name: float((f - found["ours"]).abs().max()) for name, f in found.items()}
+    must_be_equal(differs, 1e-4, "imputed images")
+    made = {name: functools.partial(code, x, removed) for name, code in codes.items()}
+    pictures = dict.fromkeys(made, len(removed))
+    about = {"metric": "imputation", "arch": arch, "steps": 9, "images": count}
+    table = timed(made, pictures, repetitions, device, **about)
+    return table.assign(difference=table["name"].map(differs))
+
+
+class WithoutNoise(NoisyLinearImputer):
+    def __init__(self):
+        super().__init__(noise=0)
+
+
+def compare_road(arch, repetitions, device, count=1):
+    """All of ROAD beside pytorch-grad-cam's: both orders, nine fractions. The scores are compared
+    without the noise, which each code draws in its own way.
+    """
+    given = setting(arch, device, count)
+    codes = {"ours": our_road, "pytorch-grad-cam: ROADCombined": their_road}
+    with (
+        unittest.mock.patch("pytorch_grad_cam.metrics.road.NoisyLinearImputer", WithoutNoise),
+        unittest.mock.patch.object(cc, "ROAD_NOISE", 0),
+    ):
+        scores, pictures = run_once(codes, given)
+    differs = {name: float(np.abs(s - scores["ours"]).max()) for name, s in scores.items()}
+    must_be_equal(differs, 1e-3, "ROAD's scores")
+    made = beside_bare(codes, given, pictures)
+    about = {"metric": "ROAD", "arch": arch, "steps": 9, "images": count}
+    table = timed(made, pictures, repetitions, device, **about)
+    return table.assign(difference=table["name"].map(differs))
 
 
 def compare_precision(arch, repetitions, device):
     """bfloat16 scoring beside float32: how much faster, and how far the areas lie apart."""
-    given = setting(arch, "channels_last", device)
-    areas = {precision: ours(*given, 28, precision) for precision in ("float32", "bf16")}
+    given = (*setting(arch, device), 28)
+    areas = {precision: ours(*given, precision) for precision in ("float32", "bf16")}
     apart = np.concatenate([np.abs(areas["bf16"][m] - areas["float32"][m]) for m in areas["bf16"]])
-    times = timing.repeat({p: lambda p=p: ours(*given, 28, p) for p in areas}, repetitions, device)
+    times = timing.repeat({p: lambda p=p: ours(*given, p) for p in areas}, repetitions, device)
     table = timing.ratios(times, "bf16")
     return table.assign(
         arch=arch, mean_error=apart.mean(), largest_error=apart.max(), curves=len(apart)
@@ -171,7 +328,7 @@ def score_many(arch, count, steps, device="cpu"):
     """A function that scores `count` images, sixteen at a time, as notebook 05 does; and forgets
     them.
     """
-    model, x, target, maps = setting(arch, "channels_last", torch.device(device), 16)
+    model, x, target, maps = setting(arch, torch.device(device), 16)
     ours(model, x, target, maps, 2)  # once: kernels are chosen and buffers made at the first pass
 
     def work():
@@ -183,30 +340,24 @@ def score_many(arch, count, steps, device="cpu"):
 
 
 def growth(arch, device):
-    """Seconds and peak memory for more images, and for more steps."""
+    """Seconds and peak memory for more images, and for more steps, each in a process of its own."""
     rows = []
     for varied, settings in {
-        "images": [(n, 2) for n in (16, 64, 256, 1024)],
-        "steps": [(16, s) for s in (7, 28, 112, 448)],
+        "images": [(n, 2) for n in (16, 64, 256)],
+        "steps": [(16, s) for s in (7, 28, 112)],
     }.items():
         for count, steps in settings:
-            work = score_many(arch, count, steps, device)
-            begin = time.perf_counter()
-            work()
-            timing.settle(device)
-            seconds = time.perf_counter() - begin
+            peak, seconds = timing.alone(score_many, arch, count, steps, str(device))
             row = {"varied": varied, "images": count, "steps": steps, "seconds": seconds}
-            row["peak_mib"] = np.nan
-            if device.type == "cpu":
-                row["peak_mib"] = timing.peak_growth(score_many, arch, count, steps)
-            rows.append(row)
-            print(row, flush=True)
+            rows.append(row | {"peak_mib": peak if device.type == "cpu" else np.nan})
+            print(rows[-1], flush=True)
     return pd.DataFrame(rows).assign(arch=arch)
 
 
 def draw(table, grown, file):
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-    first = table[(table["steps"] == table["steps"].min()) & (table["layout"] == "channels_last")]
+    first = table[table["metric"] == "insertion and deletion"]
+    first = first[first["steps"] == first["steps"].min()]
     axes[0].barh(
         first["name"],
         first["per_s"],
@@ -233,8 +384,8 @@ def draw(table, grown, file):
                 label=f"{varied}, from {least[varied]} to {part[varied].iloc[-1]}",
             )
         ax.set(xscale="log", xlabel="times as many", ylabel=label)
-    axes[1].set(yscale="log", title=f"{grown['arch'].iloc[0]}: time grows in proportion")
-    axes[2].set_title("memory hardly grows")
+    axes[1].set(yscale="log", title=f"{grown['arch'].iloc[0]}: time")
+    axes[2].set_title("memory")
     axes[2].set_ylim(0, 1.3 * grown["peak_mib"].max() if grown["peak_mib"].notna().all() else None)
     axes[1].legend(frameon=False)
     fig.savefig(file, dpi=150)
@@ -244,41 +395,41 @@ def draw(table, grown, file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--steps", default="28,224")
+    parser.add_argument("--steps", default="28")
     parser.add_argument(
         "--growth",
         default="squeezenet1_1",
         help="the network of the growth figure; empty: leave it out",
     )
-    args, device = timing.start(parser, 3)
+    args, device = timing.start(parser, 5)
     timing.keep_freed_memory()
+    settings = (args.arch, args.repetitions, device)
+    work = [
+        functools.partial(compare_areas, args.arch, int(steps), args.repetitions, device)
+        for steps in args.steps.split(",")
+    ]
+    if quantus:
+        work.append(functools.partial(compare_deletion, *settings))
+    else:
+        print("Quantus is not installed: it is not measured.")
+    few = min(args.repetitions, 3)  # the others' imputation takes ten times as long, and minutes
+    work.append(functools.partial(compare_imputation, args.arch, few, device))
+    work.append(functools.partial(compare_road, *settings))
     tables = []
-    for steps in map(int, args.steps.split(",")):
-        many = steps >= 100  # they take minutes: once, in the faster layout alone
-        for layout in list(timing.LAYOUTS)[: 1 if many else 2]:
-            tables.append(
-                compare_speed(args.arch, layout, steps, 1 if many else args.repetitions, device)
-            )
-            print(f"\n{args.arch}, {steps} steps, {layout}")
-            print(
-                tables[-1]
-                .drop(columns=["arch", "layout", "steps", "to"])
-                .round(4)
-                .to_string(index=False),
-                flush=True,
-            )
+    for compare in work:
+        tables.append(compare())
+        print(f"\n{tables[-1]['metric'].iloc[0]}, {args.arch}, {tables[-1]['steps'].iloc[0]} steps")
+        shown = tables[-1].drop(columns=["metric", "arch", "steps", "to"])
+        print(shown.round(6).to_string(index=False), flush=True)
     table = pd.concat(tables, ignore_index=True)
     timing.save(table, args.out / "faithfulness.csv", device)
+    (args.out / "faithfulness_bf16.csv").unlink(missing_ok=True)  # perhaps of another machine
     if cc.networks.native_bf16(device):
         bf16 = compare_precision(args.arch, args.repetitions, device)
         print("\nbfloat16\n" + bf16.round(5).to_string(index=False))
         timing.save(bf16, args.out / "faithfulness_bf16.csv", device)
     else:
-        print(
-            "\nThis processor has no bfloat16 instructions: precision=bf16 would not be faster, so "
-            "it "
-            "is not measured."
-        )
+        print("\nThis processor has no bfloat16 instructions: bf16 is not measured.")
     if args.growth:
         grown = growth(args.growth, device)
         timing.save(grown, args.out / "growth.csv", device)

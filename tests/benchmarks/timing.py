@@ -18,8 +18,6 @@ import torch
 import cam_core as cc
 from lab import HOME
 
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-
 
 def machine(device):
     """The machine in a line: processor, cores, instructions, memory, versions."""
@@ -144,30 +142,31 @@ def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _grown(make, arguments, threads, results):
+def _alone(make, arguments, threads, results):
     torch.set_num_threads(threads)
+    keep_freed_memory()
     work = make(*arguments)
     forget_peak()
     before = resident(peak=False)
+    begin = time.perf_counter()
     work()
-    results.put(resident(peak=True) - before)
+    seconds = time.perf_counter() - begin
+    results.put((resident(peak=True) - before, seconds))
 
 
-def peak_growth(make, *arguments):
-    """By how many MiB the peak memory of a fresh process grows while make(*arguments)() runs;
-    making is not counted.
+def alone(make, *arguments):
+    """What make(*arguments)() takes in a fresh process: by how many MiB its peak memory grows, and
+    seconds. Making is not counted.
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(
-        target=_grown, args=(make, arguments, torch.get_num_threads(), results)
+        target=_alone, args=(make, arguments, torch.get_num_threads(), results)
     )
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(
-            f"measuring the memory of {arguments} failed with exit code {process.exitcode}."
-        )
+        raise SystemExit(f"measuring {arguments} alone failed with exit code {process.exitcode}.")
     return results.get()
 
 
