@@ -48,29 +48,32 @@ class Work:
 
 # {notebook: (once, each)}: without curves, whatever the number of images, and for each of them.
 WORK = {
-    1: (Work(16, 0, 600), Work(1.8, 0, 0.2)),
-    2: (Work(236, 219, 600), Work(5, 4, 3)),
-    3: (Work(103, 18, 600), Work(6.4, 5.1, 3)),
-    4: (Work(20, 20, 600), Work(9, 6, 12)),
-    5: (Work(620, 460, 1000), Work(19, 3, 15)),
+    1: (Work(80, 0, 2150), Work(1.4, 0, 0.2)),
+    2: (Work(236, 219, 1470), Work(5, 4, 187)),
+    3: (Work(103, 18, 1600), Work(6.4, 5.1, 107)),
+    4: (Work(20, 20, 1980), Work(9, 6, 100)),
+    5: (Work(350, 230, 2400), Work(25, 3, 84)),
 }
 BACKWARD = 0.8  # of a forward pass: what a gradient down to the layers costs on top of it
+SCORING = 1.35  # of bare passes: making the pictures, and a processor that is warm by then
 POINT = 0.015  # plain work for a point of a curve, whether its picture is scored or known
 # What is left of the points of curves when equal pictures are scored once. With a twin most of the
 # picture never changes.
-LEFT = {"twin": 0.15, "rise": 0.78, "zero": 0.78, "black": 0.78}
+LEFT = {"twin": 0.17, "rise": 0.78, "zero": 0.78, "black": 0.78}
+# The same of the first points of a search, at which maps still differ.
+EARLY = {"twin": 0.27, "rise": 0.97, "zero": 0.97, "black": 0.97}
 PUSHED = (16, Work(13, 9))  # 02: so many images at most are pushed by noise, and what that takes
 # 04, as `cam_core.search` has it: pairs of layers, rules and weights that are tried, where they are
-# not given; the first few points of all of them, as many more of the best quarter; and how many
-# maps are measured on all points whatever happens.
+# not given; on how many points all of them are measured, and the best quarter; and how many maps
+# are measured on all points whatever happens.
 TRIED = {"shallow_layer": 4, "rule": 4, "alpha": 3}
 COARSE = 3
-FEW = 3
+FEW, MORE = 2, 6
 BLOCKS = 196  # of 16 x 16 pixels in an image: by blocks a curve has no more steps
 WHOLE = 16
 MAPS = {"main": 14, "all": 22}  # 05: those measured, by blocks the main ones
 FURTHER = {"main": 6, "all": 14}  # with further baselines; with fine_steps as few as with main
-DRAWN = Work(plain=1)  # 01: an image with mask and twin
+DRAWN = Work(plain=2.3)  # 01: an image with mask and twin
 TAUGHT = Work(forward=1, backward=1.5)  # 01: an image in a step of training
 EPOCHS = {"retrain": 56_000, "shortcut": 2_000}  # 01: images that these trainings go through
 
@@ -112,9 +115,9 @@ def making(p: Mapping, images: Mapping[str, int]) -> Work:
     return work
 
 
-def curves(baseline: str, points: float) -> Work:
+def curves(baseline: str, points: float, left: Mapping[str, float] = LEFT) -> Work:
     """Insertion and deletion with so many points each."""
-    return Work(forward=2 * points * LEFT[baseline], plain=2 * points * POINT)
+    return Work(forward=2 * points * left[baseline], plain=2 * points * POINT)
 
 
 def chosen_among(p: Mapping, n: int, images: Mapping[str, int]) -> Work:
@@ -125,21 +128,25 @@ def chosen_among(p: Mapping, n: int, images: Mapping[str, int]) -> Work:
     if not images["val"]:
         tried = 1  # nothing is chosen
     steps = p["steps"]
-    points = WHOLE * steps
+    baseline = p["baseline"].split(",")[0]
+    work = curves(baseline, n * WHOLE * steps)
     if tried > WHOLE:
-        points += tried * (min(FEW, steps) + min(FEW, max(steps - FEW, 0)) / 4)
-    return curves(p["baseline"].split(",")[0], n * points)
+        few, more = min(FEW, steps), min(MORE, steps)
+        work = work.plus(curves(baseline, n * tried * (few + (more - few) / 4), EARLY))
+    return work
 
 
 def compared(p: Mapping, n: int) -> Work:
     """The curves of 05 on n images, and the masks of RISE."""
     first, *others = p["baseline"].split(",")
     extra = min(p["n_extra"], n)
-    points = n * (MAPS[p["method"]] * p["steps"] + MAPS["main"] * min(p["steps"], BLOCKS))
+    checks = min(p["check_steps"], p["steps"], BLOCKS)
+    points = n * (MAPS[p["method"]] * p["steps"] + MAPS["main"] * checks)
     points += extra * (FURTHER["main"] * p["fine_steps"] + (p["rise_masks"] > 0) * 2 * p["steps"])
     work = curves(first, points).plus(Work(forward=extra * p["rise_masks"]))
     for name in others:
-        work = work.plus(curves(name, extra * FURTHER[p["method"]] * p["steps"]))
+        further = FURTHER[p["method"]] * min(p["check_steps"], p["steps"])
+        work = work.plus(curves(name, extra * further))
     return work
 
 
@@ -171,11 +178,11 @@ def expected_of(stem: str, p: Mapping, machine: Mapping) -> Expected:
         names = [name for name in p.get("baseline", "").split(",") if name != "twin"]
         p = {**p, "baseline": ",".join(names) or "rise"}
     work = work_of(number, p, images)
-    scoring = passes(work) * speed["scoring" if number > 3 else "float32"]
+    scoring = SCORING * passes(work) * speed["scoring" if number > 3 else "float32"]
     if number == 5 and p["also"]:
         n = min(p["n_images"] or images["test"], images["test"])
         second = work_of(5, {**p, "n_images": (n + 1) // 2, "n_extra": 0}, images)
-        scoring += passes(second) * speed["also"]
+        scoring += SCORING * passes(second) * speed["also"]
         work = work.plus(second)
     return Expected(work, scoring, scoring + work.plain * machine["plain"])
 
