@@ -2450,7 +2450,7 @@ def measurable(
             break
     found = pd.DataFrame(values, index=places, columns=added)
     found = found.astype({name: int if name == "target" else np.float32 for name in added})
-    rows = frame.loc[places].join(found)
+    rows = frame.loc[places].drop(columns=added, errors="ignore").join(found)
     return rows.reset_index(drop=True), pd.DataFrame(left_out, columns=["id", "file", "reason"])
 
 
@@ -3860,6 +3860,7 @@ def sweep(
             "how": run.how,
             "head": run.info["head"],
             "precision": s.precision,
+            "batch_size": s.batch_size,
         }
         scored = score_key(scored, part, run.device)
         measure = functools.partial(measure_cells, run.model, part, cells, run.how, **how)
@@ -3877,13 +3878,19 @@ def sweep(
 
 def score_key(network: Mapping, rows: pd.DataFrame, device: torch.device) -> dict:
     """What decides the value of a picture that is made of these rows' images: what is said of the
-    network (arch, weights, how, head, precision), the image files and what is asked of them,
-    versions and device.
+    network (arch, weights, how, head, precision, batch_size), the image files, what is asked of
+    them and what `measurable` found, code, versions and device.
     """
     files = [sha256(file) if file else "" for file in [*rows["file"], *rows["twin"]]]
-    key = {name: network[name] for name in ("arch", "weights", "head", "precision")}
+    key = {name: network[name] for name in SCORED_BY} | {"code": runs.code_hash()}
     key["how"] = dataclasses.asdict(network["how"])
-    return {**key, "files": files, "target": rows["target"].tolist(), **runs.numerics(device)}
+    for column in ("target", "p_image", "p_twin"):
+        if column in rows:
+            key[column] = rows[column].tolist()
+    return {**key, "files": files, **runs.numerics(device)}
+
+
+SCORED_BY = ("arch", "weights", "head", "precision", "batch_size")
 
 
 # How many points between the ends of a curve (0: all of them) a candidate is measured on, and which
@@ -3917,9 +3924,9 @@ def search(
 ) -> pd.DataFrame:
     """The table of a choice among cells by `successive_halving`: `sweep`'s rows of every rung.
 
-    All cells are measured on the first rung's points, which shows the whole surface, the better
-    fusions on more, and the finalists, the ends and what stands beside on all points. given: what
-    may be chosen, see `allowed`.
+    Where there are more than FINALISTS, all cells are measured on the first rung's points, which
+    shows the whole surface, and the better fusions on more. The finalists, the ends and what stands
+    beside are measured on all points. given: what may be chosen, see `allowed`.
     """
     ends = [cell for cell in cells if cell.alpha in (0, 1)]
     tables = []
@@ -3966,7 +3973,7 @@ def allowed(
             left.append(cell)
     if not left:
         asked = f"shallow_layer={shallow_layer!r}, rule={rule!r}, alpha={alpha!r}"
-        raise ValueError(f"no cell has {asked}: the sweep did not measure it.")
+        raise ValueError(f"no cell has {asked}: it is not among those that are measured.")
     rules = [*FUSIONS, *sorted({cell.rule for cell in left} - set(FUSIONS))]
     return sorted(left, key=lambda cell: (rules.index(cell.rule), cell.pair, cell.alpha))
 
@@ -4051,8 +4058,8 @@ def fusion_record(
     """What is written to fusion.json: the choice, the network and images it was made for, and how
     clear it is.
 
-    ladder: the stages up to the deep layer. share: as `stability` returns it. other: the best of
-    the cells that were not chosen. why: see `reason`.
+    ladder: the stages up to the deep layer. share: as `stability` returns it. other: the next best
+    of those measured on all points. why: see `reason`.
     """
     deep = ladder[-1]
     mean = float(rows_of(table, chosen)["criterion"].mean())
@@ -4373,8 +4380,9 @@ def measure(
 ) -> list[dict]:
     """All records (image, method, metric, baseline, value) of the first `count` rows; the costly
     extras of the first `extra`. The row behind them lends its LayerCAM to a control, see
-    `explain_rows`. known: see `perturbation_curves`; all that is measured here shares it, so that
-    no picture is scored twice.
+    `explain_rows`. rows: as `measurable` returns them, p_image and p_twin being those of target.
+    known: see `perturbation_curves`; all curves share it, so that no picture of a curve is scored
+    twice.
     """
     part = rows.iloc[:count]
     x, target, maps = explain_rows(study, rows, 0, count)
@@ -4482,8 +4490,7 @@ def perturb(
 
     By pixels: "insertion", "deletion". With the study's fine_steps: "insertion_fine",
     "deletion_fine". By blocks of block x block pixels: "insertion_blocks", "deletion_blocks". These
-    have no points. By blocks, and with another baseline than the first, as many steps as the
-    study's check_steps.
+    have no points. Curves by blocks, or with another baseline than the first, have check_steps.
     """
     ending = "_blocks" if block else "_fine" if fine else ""
     checks = block or baseline != study.baselines[0]
@@ -4594,8 +4601,9 @@ def _key(study: Study, rows, names: Sequence[str]) -> dict:
     for column in FILES:
         if column in rows:
             key["files"] += [sha256(file) if file else "" for file in rows[column]]
-    for column in ("id", "target", "truth", "boxes"):
-        key[column] = rows[column].tolist()
+    for column in ("id", "target", "truth", "boxes", "p_image", "p_twin"):
+        if column in rows:
+            key[column] = rows[column].tolist()
     return key
 
 
@@ -4619,6 +4627,7 @@ def bf16_error(study: Study, rows) -> np.ndarray:
     """
     x, target, maps = explain_rows(study, rows)
     two = {name: maps[name] for name in ("grad_cam", "hybrid")}
+    rows = rows.drop(columns=["p_image", "p_twin"], errors="ignore")  # of one of the two precisions
     values = {}
     for precision in ("float32", "bf16"):
         records = perturb(

@@ -348,9 +348,10 @@ def fusion_surface(gain, pairs: Sequence[str], rules: Sequence[str], alphas, sta
     )
     values = values.reshape(len(rules), len(pairs), len(alphas))
     limit = np.abs(values).max() or 1.0
-    down = (len(rules) + 1) // 2
-    size = (1.4 * len(alphas) + 3.2, (0.3 * len(pairs) + 0.85) * down + 0.7)
-    fig, axes = plt.subplots(down, 2, figsize=size, sharex=True, sharey=True, squeeze=False)
+    across = min(2, len(rules))
+    down = -(-len(rules) // across)
+    size = (0.7 * across * len(alphas) + 3.2, (0.3 * len(pairs) + 0.85) * down + 0.7)
+    fig, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(rules) :]:
         ax.set_axis_off()
     ends = {0: "0\nLayerCAM", 1: "1\nGrad-CAM"}

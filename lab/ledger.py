@@ -1,8 +1,9 @@
 """How many pictures the network was asked about: the cost of a run that no machine changes.
 
 Seconds are the machine's, pictures are ours. A picture is one image in one pass, whatever the size
-of the batch. What comes from the cache counts as it did when it was scored, so that a run which was
-stopped and went on has the counts of one that was not.
+of the batch. Finished groups of images that come from the cache count as they did when they were
+scored, so that a run which was stopped and went on has the counts of one that was not. Pictures
+that are known from a run with other settings do not count.
 """
 
 from __future__ import annotations

@@ -378,7 +378,8 @@ def cached(
     step, so a run that is stopped loses only the part it was at.
 
     scored: the key of `scores`; then make(known=...) is called with the scores that are known under
-    it.
+    it. Those were scored in other batches, so records can differ by rounding from what they would
+    be without.
     """
     text, file = json.dumps(key, sort_keys=True, default=os.fspath), cache_file(folder, key)
     if file.is_file():

@@ -53,9 +53,9 @@ class Order:
 
 
 def measure_group(order: Order, rows, count: int, extra: int) -> tuple[list[dict], dict]:
-    """The records of a group, equal to those of the client to the last bit, and the pictures that
-    they cost; RuntimeError on a worker that cannot promise this. It computes with the client's
-    number of threads.
+    """The records of a group, equal to the last bit to those of a client that knows no scores yet,
+    and the pictures that they cost; RuntimeError on a worker that cannot promise this. It computes
+    with the client's number of threads.
     """
     with one_at_a_time:
         torch.set_num_threads(order.asked["threads"])

@@ -86,7 +86,8 @@ def work_of(number: int, p: Mapping, images: Mapping[str, int]) -> Work:
         return making(p, images)
     n = min(p["n_images"] or images["test"], images["test"])
     if number == 4:  # half as many; too few to choose on are only looked at
-        n = min((n + 1) // 2, images["val"]) or min(n, 4)
+        half = (p["n_images"] + 1) // 2
+        n = min(half or images["val"], images["val"]) or min(half or 4, 4, images["test"])
     once, each = WORK[number]
     work = once.plus(each, n)
     if number == 2:
@@ -180,8 +181,7 @@ def expected_of(stem: str, p: Mapping, machine: Mapping) -> Expected:
     work = work_of(number, p, images)
     scoring = SCORING * passes(work) * speed["scoring" if number > 3 else "float32"]
     if number == 5 and p["also"]:
-        n = min(p["n_images"] or images["test"], images["test"])
-        second = work_of(5, {**p, "n_images": (n + 1) // 2, "n_extra": 0}, images)
+        second = work_of(5, {**p, "n_images": (p["n_images"] + 1) // 2, "n_extra": 0}, images)
         scoring += SCORING * passes(second) * speed["also"]
         work = work.plus(second)
     return Expected(work, scoring, scoring + work.plain * machine["plain"])
@@ -233,14 +233,12 @@ def tell() -> None:
     `also`; and images, how many the data set has or will have of each split, how many are still to
     draw, and whether each has a twin.
     """
-    from lab import machine
+    import torch
+
+    from lab import machine, networks
 
     s = SimpleNamespace(**json.loads(sys.argv[1]))
     cores = machine.threads(s.threads)
-    import torch
-
-    from lab import networks
-
     torch.set_num_threads(cores)
     device = networks.pick_device(s.device)
     batch_size = machine.batch_size(s.batch_size, device)
@@ -261,8 +259,8 @@ def tell() -> None:
 
 
 def network_of(s: SimpleNamespace, arch: str, weights: str, device) -> tuple:
-    """(the network, its preprocessing); one whose weights are still to be trained as it is before
-    that.
+    """(the network, its preprocessing); one whose weights are still to be trained, or downloaded,
+    as it is before that.
     """
     import torch
 
@@ -270,7 +268,9 @@ def network_of(s: SimpleNamespace, arch: str, weights: str, device) -> tuple:
 
     names = words(s.classes)
     weights = runs.weights_of(arch, weights, s.dataset, HOME / s.data_dir, s.retrain, names)
-    if weights.endswith(".pth") and not Path(weights).is_file():
+    to_be_trained = weights.endswith(".pth") and not Path(weights).is_file()
+    of_torchvision = arch in networks.torchvision.models.list_models()
+    if to_be_trained or (of_torchvision and weights.lower().startswith("imagenet")):
         make = networks.torchvision.models.get_model
         model = make(networks.arch_name(arch), weights=None).eval()
         model = model.to(device, memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """docs/speed.md, made from the tables of tests/benchmarks in results/reference/benchmarks.
 
-The page's sentences hold for whatever the numbers are; `runner.results` writes it.
+The page's sentences hold for whatever the numbers are, but for those of the template that give
+numbers themselves, which were measured by hand. `runner.results` writes it.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ depend on the machine:
 
 That is {100 * share:.0f} % of the forward passes of version {before}. The last column is the naive
 count: the points of curves whose value was asked for. Points that show the same picture are scored
-once, within a notebook and across them. The notebooks that ask for curves make {100 * passes:.0f} %
+once within a notebook. The notebooks that ask for curves make {100 * passes:.0f} %
 as many passes, those for maps and predictions included.
 
 {estimates(folder)}"""

@@ -110,7 +110,7 @@ def test_each_setting_is_part_of_the_key(study, rows, change):
 
 def test_pictures_and_a_cam_of_ones_own_are_part_of_the_key(study, rows, tmp_path, monkeypatch):
     key = cc.shards(study, rows)[0][3]
-    moved = toy_images(tmp_path, 5)
+    moved = seen_by(strong(), toy_images(tmp_path, 5))
     assert cc.shards(study, moved)[0][3] == key  # where a file lies does not matter
     cc.datasets.Image.new("RGB", (SIZE, SIZE)).save(moved["file"][2])
     assert cc.shards(study, moved)[0][3] != key
