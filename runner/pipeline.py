@@ -448,9 +448,7 @@ def look_ahead(plan: Plan) -> tuple[dict | None, dict[str, estimate.Expected]]:
     """Say how long the run will take. Returns what this machine is (None where it could not be
     asked) and what is expected of each notebook.
     """
-    asking = estimate.ask(plan.parameters)
-    importlib.import_module("papermill")  # meanwhile, on another core; it is needed soon
-    machine = estimate.answer(asking)
+    machine = estimate.answer(estimate.ask(plan.parameters))
     if machine is None:
         return None, {}
     expected = {}
