@@ -189,8 +189,8 @@ depend on the machine:
 
 {table}
 
-That is {100 * share:.0f} % of the forward passes of version {before}. The smaller default is part of
-that: 12 images instead of 24, and checks by half the steps. The last column is the naive
+That is {100 * share:.0f} % of the forward passes of version {before}. The smaller default is part
+of that: 12 images instead of 24, and checks by half the steps. The last column is the naive
 count: the points of curves whose value was asked for. Points that show the same picture are scored
 once within a notebook. The notebooks that ask for curves make {100 * passes:.0f} %
 as many passes, those for maps and predictions included.
