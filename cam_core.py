@@ -14,7 +14,7 @@ tensor code. Read it from top to bottom:
     8  faithfulness   insertion and deletion, change of confidence, ROAD; RISE for comparison
     9  localisation   pointing game, energy, average precision, IoU of masks and boxes
     10 sanity         how alike maps are; a network randomised layer by layer
-    11 choosing       what notebook 04 does: the sweep over layers, rules and weights
+    11 choosing       what notebook 04 does: the search over layers, rules and weights
     12 study          what notebook 05 does: from a run to tables, in groups that are cached
 
 What a study stands on lies in the rooms of `lab`: networks, datasets, drawing, training, figures,

@@ -44,7 +44,7 @@ def counts() -> dict[str, int]:
 
 
 def add(more: Mapping[str, int]) -> None:
-    """Count what was counted before, by another process."""
+    """Count what was counted before: by another process, or when what is cached was made."""
     _counts.update({name: int(more[name]) for name in NAMES})
     _tell()
 

@@ -232,3 +232,9 @@ def laid_out(t: torch.Tensor, how: str) -> torch.Tensor:
 
 
 LAYOUTS = ("contiguous", "channels last", "transposed", "strided", "expanded", "negated")
+
+
+def plateaued(size, seed=0, zeros=0.4):
+    """Random maps with a plateau of zeros, as products of rectified maps have."""
+    m = torch.rand(3, *size, generator=torch.Generator().manual_seed(seed))
+    return torch.where(m < zeros, 0.0, m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import images, state, strong
+from nets import images, plateaued, state, strong
 from PIL import Image
 from torch import nn
 
@@ -61,10 +62,7 @@ def x():
     return 2 * images(3, SIZE, seed=1)
 
 
-def maps(seed=0, zeros=0.4):
-    """Random maps with a plateau of zeros, as products of rectified maps have."""
-    m = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(seed))
-    return torch.where(m < zeros, 0.0, m)
+maps = functools.partial(plateaued, SIZE)
 
 
 def tie_break(ids, count, seed):

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from nets import images, strong
+from nets import images, plateaued, strong
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer, ROADCombined
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from scipy.sparse import csc_matrix
@@ -160,9 +160,7 @@ def x():
     return 2 * images(3, SIZE, seed=1)
 
 
-def maps(seed=0, zeros=0.4):
-    m = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(seed))
-    return torch.where(m < zeros, 0.0, m)
+maps = functools.partial(plateaued, SIZE)
 
 
 class OnePixel(nn.Module):
